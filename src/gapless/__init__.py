@@ -1,0 +1,1 @@
+"""Gapless: LLM inference whose accelerator never waits for its host."""

@@ -1,0 +1,83 @@
+"""The contract between a model and an attention backend: paged KV cache, any mix of prefill chunks and decode rows.
+
+Letters that end a tensor's name give its shape:
+    T  tokens of the step, all entries one after the other
+    E  entries of the batch: one sequence's part of the step
+    R  rows of the device tables; the last row is scratch, for padding
+    C  columns of the block table: KV blocks of one sequence
+    B  KV blocks of the cache; block 0 is never allocated and takes the writes of padding
+    S  tokens in a block
+    N  query heads, K key/value heads, D head size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Which tokens this step computes and which KV they see.
+
+    Entries with exactly one query token come first (`num_decodes` of them), then those with more.
+    A query token at position p of its sequence sees positions 0..p, its own included.
+    The integers are known on the host and are constants inside a graph; the tensors are not.
+    """
+
+    rows_E: Tensor  # int32: table row of each entry
+    query_start_E1: Tensor  # int32[E + 1]: first token of each entry, then T
+    kv_len_E: Tensor  # int32: tokens of the sequence once this step has been appended
+    token_rows_T: Tensor  # int32: table row of each token
+    positions_T: Tensor  # int32: position of each token in its sequence
+    block_table_RC: Tensor  # int32: KV block of each span of S positions; columns past the length hold anything valid
+    num_decodes: int
+    max_query: int  # no entry has more query tokens
+    max_kv: int  # no entry has a larger kv_len
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """The KV cache of one layer. Token t of block b, head k lies at [b, k, t]."""
+
+    k_BKSD: Tensor
+    v_BKSD: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.k_BKSD.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What one token costs in the cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * dtype.itemsize
+
+    def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+        """The cache of every layer, in one zeroed allocation."""
+        shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, block_size, self.head_dim)
+        whole = torch.zeros(shape, dtype=dtype, device=device)
+        return [LayerKV(layer[0], layer[1]) for layer in whole.unbind(0)]
+
+
+class AttentionBackend(Protocol):
+    """Stateless but for tuning tables; every method may be captured in a graph when all entries are decodes."""
+
+    name: str
+
+    def append(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
+        """Write each token's key and value to its place in the cache. Inputs may be strided views."""
+        ...
+
+    def attend(self, q_TND: Tensor, kv: LayerKV, batch: AttentionBatch, scale: float) -> Tensor:
+        """Causal attention of the step's queries over the cache: contiguous [T, N, D] in q's dtype."""
+        ...

@@ -1,0 +1,123 @@
+"""Frozen configuration: what a model is (ModelConfig) and how the engine runs it (EngineConfig)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gapless.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` names the scaling; the factors that a kind does not use are ignored."""
+
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_position: int = 0  # llama3, yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A dense decoder of the Llama family. Sizes are counts of elements."""
+
+    architecture: str  # as config.json names it, e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_position: int  # the context limit the model was made for
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False  # bias of the attention output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    dtype: Dtype = "bfloat16"  # of the stored weights
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV elements of one token over all layers, times one byte; multiply by the dtype's size."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs a model. A None is resolved from the model and the machine.
+
+    lookahead           steps launched before the oldest is read: 0 synchronous, 1 one step ahead (default).
+    max_rows            sequences that may run at once.
+    max_batch_tokens    most tokens in one step, prefill chunks and decode rows together.
+    max_model_len       context limit in tokens; None: the model's own, as far as the KV cache holds it.
+    block_size          tokens in a KV block.
+    kv_cache_bytes      memory for the KV cache; None: sized from free memory.
+    num_blocks          KV blocks, overriding kv_cache_bytes.
+    memory_fraction     share of the device's free memory that the engine may fill.
+    graphs              capture CUDA graphs of decode steps (no effect on the CPU device).
+    graph_buckets       padded batch sizes to capture; None: chosen from max_rows.
+    dtype               of weights, activations and KV cache; None: float32 on CPU, bfloat16 on CUDA.
+    device              "cpu", "cuda" or "cuda:1"; None: CUDA when there is one.
+    attention           attention backend by name; None: the fastest one that runs there.
+    seed                seeds the requests that bring none of their own.
+    """
+
+    lookahead: int = 1
+    max_rows: int = 256
+    max_batch_tokens: int = 8192
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    graphs: bool = True
+    graph_buckets: tuple[int, ...] | None = None
+    dtype: Dtype | None = None
+    device: str | None = None
+    attention: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _between("lookahead", self.lookahead, 0, 16)
+        _between("max_rows", self.max_rows, 1, 65536)
+        _between("block_size", self.block_size, 1, 1024)
+        _between("seed", self.seed, 0, 2**64 - 1)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two, not {self.block_size}")
+        if self.max_batch_tokens < self.max_rows:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_rows ({self.max_rows}): "
+                "every running sequence decodes one token a step"
+            )
+        for name in ("max_model_len", "kv_cache_bytes", "num_blocks"):
+            value = getattr(self, name)
+            if value is not None:
+                _between(name, value, 2, 2**62)
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction}")
+        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
+        for bucket in self.graph_buckets or ():
+            _between("graph_buckets", bucket, 1, self.max_rows)
+
+
+def _between(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"{name} must be an integer between {low} and {high}, not {value!r}")

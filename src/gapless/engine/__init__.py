@@ -1,0 +1,1 @@
+"""The pipeline: one loop that keeps the device fed."""

@@ -1,0 +1,1 @@
+"""Model families, written once each, and the registry that picks one by architecture."""

@@ -1,0 +1,30 @@
+"""What the engine needs of a model. Tests bring models of their own (one whose next token is a hash of its prefix)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
+
+
+class Model(Protocol):
+    """A decoder on one device. H hidden size, V vocabulary size; other letters as in attention/base.py."""
+
+    vocab_size: int
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    kv_spec: KVSpec
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        """Append the tokens (int32) to the cache and return the final hidden states [T, H] before the head's norm.
+
+        No synchronisation and no data-dependent host work; may be captured in a graph.
+        """
+        ...
+
+    def logits(self, hidden_EH: Tensor) -> Tensor:
+        """Next-token logits [E, V] of chosen hidden states, in the model's dtype."""
+        ...
