@@ -1,19 +1,19 @@
 """Every error that Gapless raises on purpose, and who has to act on it.
 
-    GaplessError
-    ├── ConfigError             an option of the engine or the command line is wrong      (also a ValueError)
-    ├── InvalidRequestError     one request is wrong; nothing was queued                  (also a ValueError)
-    │   ├── EmptyPromptError    there is no token to start from
-    │   ├── PromptTooLongError  the prompt leaves no room within the context limit
-    │   └── RequestTooLargeError  the request can never fit in the whole KV cache
-    ├── ModelError              the model can not be used
-    │   ├── ModelNotFoundError  there is nothing at that path or hub id
-    │   ├── UnsupportedModelError  the architecture or a feature of it is not implemented
-    │   └── CorruptModelError   a file of the model is damaged or incomplete
-    ├── InputFileError          an input file of prompts can not be read
-    ├── OutOfMemoryError        the weights or the KV cache do not fit on the device
-    ├── EngineDeadError         the engine failed earlier; every waiting request gets this
-    └── InternalError           a broken invariant: our bug, never the caller's
+GaplessError
+├── ConfigError             an option of the engine or the command line is wrong      (also a ValueError)
+├── InvalidRequestError     one request is wrong; nothing was queued                  (also a ValueError)
+│   ├── EmptyPromptError    there is no token to start from
+│   ├── PromptTooLongError  the prompt leaves no room within the context limit
+│   └── RequestTooLargeError  the request can never fit in the whole KV cache
+├── ModelError              the model can not be used
+│   ├── ModelNotFoundError  there is nothing at that path or hub id
+│   ├── UnsupportedModelError  the architecture or a feature of it is not implemented
+│   └── CorruptModelError   a file of the model is damaged or incomplete
+├── InputFileError          an input file of prompts can not be read
+├── OutOfMemoryError        the weights or the KV cache do not fit on the device
+├── EngineDeadError         the engine failed earlier; every waiting request gets this
+└── InternalError           a broken invariant: our bug, never the caller's
 """
 
 

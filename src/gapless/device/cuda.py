@@ -1,0 +1,97 @@
+"""CUDA streams, events and graphs. The only file that touches torch.cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gapless.device.base import Event, Graph, Stream
+from gapless.errors import ConfigError, InternalError
+
+
+class CudaEvent:
+    def __init__(self, *, timed: bool) -> None:
+        self.raw = torch.cuda.Event(enable_timing=timed)
+
+    def synchronize(self) -> None:
+        self.raw.synchronize()
+
+    def done(self) -> bool:
+        return self.raw.query()
+
+    def seconds_since(self, earlier: Event) -> float:
+        if not isinstance(earlier, CudaEvent):
+            raise InternalError("seconds_since needs two events of the cuda device")
+        return earlier.raw.elapsed_time(self.raw) / 1000.0
+
+
+class CudaStream:
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.raw = torch.cuda.Stream(device)
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.raw):
+            work()
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        event.raw.record(self.raw)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self.raw.wait_event(event.raw)
+
+
+class CudaDevice:
+    """Implements device.base.Device on one NVIDIA (or, through ROCm's torch, AMD) GPU."""
+
+    captures_graphs = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but torch sees no CUDA device")
+        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"there is no device cuda:{index}; torch sees {torch.cuda.device_count()}")
+        self.torch_device = torch.device("cuda", index)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        torch.cuda.set_device(self.torch_device)
+        self._graph_pool = torch.cuda.graph_pool_handle()
+
+    def stream(self, name: str) -> CudaStream:
+        return CudaStream(name, self.torch_device)
+
+    def event(self, *, timed: bool = False) -> CudaEvent:
+        return CudaEvent(timed=timed)
+
+    def pinned(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, pin_memory=True)
+
+    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
+        assert isinstance(stream, CudaStream)
+        graph = torch.cuda.CUDAGraph()
+        stream.raw.synchronize()
+        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream.raw):
+            work()
+        return graph
+
+    def run_now(self, work: Callable[[], None], stream: Stream) -> None:
+        assert isinstance(stream, CudaStream)
+        stream.enqueue(work)
+        stream.raw.synchronize()
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + cached, total
+
+    def peak_bytes(self, *, reset: bool = False) -> int:
+        peak = torch.cuda.max_memory_allocated(self.torch_device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+        return peak
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.torch_device)

@@ -1,0 +1,152 @@
+"""Puts an engine together: sizes the KV cache, allocates tables and slots, captures graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from gapless.attention.base import KVSpec, LayerKV
+from gapless.config import EngineConfig
+from gapless.device.base import Device, Graph
+from gapless.engine.core import Engine, ModelFacts
+from gapless.engine.fill import fill
+from gapless.engine.graphs import GraphTable, default_buckets
+from gapless.engine.layout import StepShape, packed_capacity
+from gapless.engine.loop import Loop
+from gapless.engine.runner import DeviceTables, Extent, Runner, copy_in
+from gapless.engine.slots import Slot, SlotRing
+from gapless.errors import ConfigError, OutOfMemoryError
+from gapless.models.base import Model
+from gapless.plan import Ints, empty_plan
+from gapless.sampling.base import Sampler
+from gapless.scheduler import Scheduler, SchedulerLimits
+
+CPU_KV_CACHE_BYTES = 2 * 2**30  # the default on the cpu device, where pages cost memory only once written
+_SMALLEST_CACHE = 2  # blocks: the null block and one more
+
+
+def build_engine(model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype) -> Engine:
+    """An engine that runs `model`, already on the device, in `dtype`. Raises ConfigError or OutOfMemoryError."""
+    loop, limits = build_loop(model, config, device, sampler, dtype)
+    return Engine(loop, limits, ModelFacts(model.vocab_size, model.eos_token_ids), config)
+
+
+def build_loop(
+    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype
+) -> tuple[Loop, SchedulerLimits]:
+    """The loop without its thread, for those who step it themselves, and the sizes it was built with."""
+    max_model_len = _context_limit(model, config)
+    activation = _measure_activation(model, config, device, sampler, dtype, max_model_len)
+    num_blocks = _count_blocks(model.kv_spec, config, device, dtype, activation)
+    if config.max_model_len is None:
+        max_model_len = min(max_model_len, (num_blocks - 1) * config.block_size)
+    limits = SchedulerLimits(
+        max_rows=config.max_rows,
+        max_batch_tokens=config.max_batch_tokens,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+    )
+    kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
+    runner, slots = _build_runner(model, config, device, sampler, kv, limits)
+    if config.graphs and device.captures_graphs:
+        runner.graphs.capture(slots.slots, _capturer(runner, device, limits))
+    return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
+
+
+def _context_limit(model: Model, config: EngineConfig) -> int:
+    wanted = config.max_model_len
+    if wanted is not None and wanted > model.max_position:
+        raise ConfigError(f"max_model_len {wanted} is more than the model's context limit of {model.max_position}")
+    return model.max_position if wanted is None else wanted
+
+
+def _build_runner(
+    model: Model, config: EngineConfig, device: Device, sampler: Sampler, kv: list[LayerKV], limits: SchedulerLimits
+) -> tuple[Runner, SlotRing]:
+    capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
+    slots = SlotRing(device, config.lookahead + 1, capacity, limits.max_rows)
+    tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
+    on = config.graphs and device.captures_graphs
+    graphs = GraphTable((config.graph_buckets or default_buckets(limits.max_rows)) if on else ())
+    return Runner(model, device, sampler, kv, tables, graphs), slots
+
+
+def _capturer(runner: Runner, device: Device, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
+    def capture(slot: Slot, shape: StepShape) -> Graph:
+        extent = Extent(num_decodes=shape.entries, max_query=1, max_kv=limits.max_model_len, all_greedy=False)
+        fill(empty_plan(), _no_tokens(), slot.packed, shape, runner.scratch_row)
+
+        def warm_up() -> None:
+            copy_in(slot, shape)
+            runner.compute_step(slot, shape, extent)
+
+        device.run_now(warm_up, runner.compute)
+        return device.capture(lambda: runner.compute_step(slot, shape, extent), runner.compute)
+
+    return capture
+
+
+def _no_tokens() -> Ints:
+    return np.zeros((1, 1), dtype=np.int32)
+
+
+def _count_blocks(spec: KVSpec, config: EngineConfig, device: Device, dtype: torch.dtype, activation: int) -> int:
+    """KV blocks: as given, or as many as the memory that is free after weights and activations holds."""
+    block_bytes = spec.bytes_per_block(config.block_size, dtype)
+    if config.num_blocks is not None:
+        return config.num_blocks + 1  # the null block comes on top
+    free, _ = device.memory()
+    if config.kv_cache_bytes is not None:
+        budget = config.kv_cache_bytes
+    elif device.torch_device.type == "cpu":
+        budget = min(CPU_KV_CACHE_BYTES, int(free * config.memory_fraction))
+    else:
+        budget = int(free * config.memory_fraction) - activation
+    needed_rows = config.max_rows * -(-(config.max_model_len or 2**40) // config.block_size) + 1
+    blocks = min(budget // block_bytes, needed_rows)
+    if blocks < _SMALLEST_CACHE or blocks * block_bytes > free:
+        raise OutOfMemoryError(
+            f"the KV cache would get {max(blocks, 0) * block_bytes / 2**20:.0f} MiB of {free / 2**20:.0f} MiB free; "
+            f"a block of {config.block_size} tokens takes {block_bytes / 2**20:.2f} MiB. Lower max_batch_tokens, "
+            "kv_cache_bytes or num_blocks, or use a smaller model or dtype"
+        )
+    return blocks
+
+
+def _measure_activation(
+    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Bytes that the largest step needs beside weights and cache; runs it once where the device counts memory."""
+    before = device.peak_bytes(reset=True)
+    if not before:
+        return 0
+    tokens, columns = config.max_batch_tokens, -(-max_model_len // config.block_size)
+    chunks = [min(max_model_len, tokens - begin) for begin in range(0, tokens, max_model_len)][: config.max_rows]
+    plan = dataclasses.replace(
+        empty_plan(),
+        rows_E=np.zeros(len(chunks), dtype=np.int32),
+        starts_E=np.zeros(len(chunks), dtype=np.int32),
+        counts_E=np.asarray(chunks, dtype=np.int32),
+        samples_E=np.ones(len(chunks), dtype=np.int32),
+        num_tokens=sum(chunks),
+        num_decodes=sum(count == 1 for count in chunks),
+    )
+    shape = StepShape(plan.num_tokens, len(chunks), len(chunks), 0, 0)
+    kv = model.kv_spec.allocate(_SMALLEST_CACHE, config.block_size, dtype, device.torch_device)
+    tables = DeviceTables.allocate(1, columns, device.torch_device)
+    slot = Slot(0, device, packed_capacity(tokens, config.max_rows, 0), config.max_rows)
+    runner = Runner(model, device, sampler, kv, tables, GraphTable(()))
+    fill(plan, np.zeros((1, max_model_len), dtype=np.int32), slot.packed, shape, 0)
+    extent = Extent(plan.num_decodes, max(chunks), max(chunks), all_greedy=False)
+
+    def largest_step() -> None:
+        copy_in(slot, shape)
+        runner.compute_step(slot, shape, extent)
+
+    before = device.peak_bytes(reset=True)
+    device.run_now(largest_step, runner.compute)
+    return device.peak_bytes(reset=True) - before

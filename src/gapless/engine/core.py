@@ -1,0 +1,201 @@
+"""The engine: the loop on a thread of its own, an inbox in front of it and a queue of what became known behind it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapless.config import EngineConfig
+from gapless.engine.loop import Loop
+from gapless.errors import EngineDeadError, InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from gapless.request import Request, SamplingParams, prompt_array
+from gapless.scheduler import Committed, SchedulerLimits, SchedulerStats
+
+_NO_IDS = np.zeros(0, dtype=np.int64)
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+_MASK_64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailure:
+    """The last thing an engine publishes when it dies. `error` is what every unfinished request ends with."""
+
+    error: EngineDeadError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts and times since the start of the engine.
+
+    busy_seconds   time that the compute stream spent in compute stages, by device events
+    active_seconds wall time during which there was work
+    """
+
+    scheduler: SchedulerStats
+    busy_seconds: float
+    active_seconds: float
+
+    @property
+    def busy_share(self) -> float:
+        """Part of the active wall time that the compute stream was computing, 0 to 1."""
+        return self.busy_seconds / self.active_seconds if self.active_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What admission needs to know of the model."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Engine:
+    """Takes validated requests from any thread and publishes tokens in batches, one record per step.
+
+    `outputs` carries Committed records, and at last an EngineFailure if the engine dies. One consumer reads it.
+    """
+
+    def __init__(self, loop: Loop, limits: SchedulerLimits, model: ModelFacts, config: EngineConfig) -> None:
+        self.limits = limits
+        self.model = model
+        self.config = config
+        self.outputs: queue.SimpleQueue[Committed | EngineFailure] = queue.SimpleQueue()
+        self._loop = loop
+        self._loop.publish = self.outputs.put
+        self._inbox: queue.SimpleQueue[Request | int] = queue.SimpleQueue()  # an int is a request id to cancel
+        self._wake = threading.Event()
+        self._closing = False
+        self._error: BaseException | None = None
+        self._ids = count()
+        self._id_lock = threading.Lock()
+        self._active_seconds = 0.0
+        self._active_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ any thread
+
+    def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
+        """Check a request and give it an id. Nothing is queued.
+
+        Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
+        """
+        prompt = prompt_array(prompt_token_ids, self.model.vocab_size)
+        limit = self.limits.max_model_len
+        if prompt.size >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {prompt.size} tokens; the context limit is {limit}, the answer included. "
+                "Shorten the prompt or raise max_model_len if the model allows it"
+            )
+        max_length = limit if params.max_tokens is None else min(limit, prompt.size + params.max_tokens)
+        needed, usable = -(-(max_length - 1) // self.limits.block_size), self.limits.num_blocks - 1
+        if needed > usable:
+            raise RequestTooLargeError(
+                f"the request may grow to {max_length} tokens and needs {needed} KV blocks; the whole cache has {usable}. "
+                "Lower max_tokens, shorten the prompt or give the KV cache more memory"
+            )
+        stop = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.eos_token_ids))
+        for token in params.stop_token_ids:
+            if token >= self.model.vocab_size:
+                raise InvalidRequestError(f"stop token id {token} is outside the vocabulary")
+        with self._id_lock:
+            request_id = next(self._ids)
+        seed = params.seed if params.seed is not None else _mix(self.config.seed, request_id)
+        return Request(request_id, prompt, params, max_length, np.asarray(sorted(stop), dtype=np.int32), seed)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests made by make_request, in this order. Raises EngineDeadError."""
+        self._check_alive()
+        for request in requests:
+            self._inbox.put(request)
+        self._wake.set()
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """End these requests as soon as the loop sees it; each still gets its one Finished. Ended ones are ignored."""
+        for request_id in request_ids:
+            self._inbox.put(request_id)
+        self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        return self._error is None and not self._closing and self._thread.is_alive()
+
+    def stats(self) -> EngineStats:
+        """A snapshot; exact once the engine is idle."""
+        active, since = self._active_seconds, self._active_since
+        if since is not None:
+            active += time.perf_counter() - since
+        return EngineStats(self._loop.scheduler.stats, self._loop.slots.busy_seconds, active)
+
+    def close(self) -> None:
+        """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again."""
+        self._closing = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # --------------------------------------------------------- engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._wait_for_work()
+                self._intake()
+                while self._loop.has_work and not self._closing:
+                    self._loop.step()
+                    self._intake()
+        except BaseException as error:  # noqa: BLE001 - reported to every waiting request
+            self._error = error
+        finally:
+            self._loop.close()
+            self.outputs.put(EngineFailure(self._death()))
+
+    def _wait_for_work(self) -> None:
+        """Sleep until there is something in the inbox. The only place where an idle engine waits."""
+        if self._active_since is not None:
+            self._active_seconds += time.perf_counter() - self._active_since
+            self._active_since = None
+        self._wake.wait()
+        self._active_since = time.perf_counter()
+
+    def _intake(self) -> None:
+        """Hand new requests and cancels to the scheduler."""
+        if not self._wake.is_set():
+            return
+        self._wake.clear()
+        scheduler = self._loop.scheduler
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Request):
+                scheduler.add(command)
+            else:
+                scheduler.cancel(command)
+        if finished := scheduler.take_finished():
+            self.outputs.put(Committed(_NO_IDS, _NO_TOKENS, finished))
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise self._death()
+
+    def _death(self) -> EngineDeadError:
+        if self._error is None:
+            return EngineDeadError("the engine was closed")
+        error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}")
+        error.__cause__ = self._error
+        return error
+
+
+def _mix(seed: int, request_id: int) -> int:
+    """A 64-bit seed for a request that brought none (SplitMix64's finaliser over both numbers)."""
+    z = (seed + (request_id + 1) * 0x9E3779B97F4A7C15) & _MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ (z >> 31)

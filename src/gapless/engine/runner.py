@@ -1,0 +1,164 @@
+"""Launches steps: copy in, compute, copy out, each on its stream, ordered by the slot's events. Never waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.device.base import Device
+from gapless.engine.graphs import GraphTable
+from gapless.engine.layout import StepInputs, StepShape, sections_of
+from gapless.engine.slots import Slot
+from gapless.models.base import Model
+from gapless.plan import Plan
+from gapless.sampling.base import Sampler, SamplingTables
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTables:
+    """State that lives on the device, one line per row; the last row is scratch. R rows, C block columns."""
+
+    block_table_RC: Tensor  # int32
+    last_token_R: Tensor  # int32: what the row's newest step sampled
+    sampling: SamplingTables
+
+    @classmethod
+    def allocate(cls, rows: int, columns: int, device: torch.device) -> DeviceTables:
+        return cls(
+            block_table_RC=torch.zeros((rows, columns), dtype=torch.int32, device=device),
+            last_token_R=torch.zeros(rows, dtype=torch.int32, device=device),
+            sampling=SamplingTables.allocate(rows, device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Host-known bounds of a step's attention; constants inside a graph."""
+
+    num_decodes: int
+    max_query: int
+    max_kv: int
+    all_greedy: bool
+
+
+class Runner:
+    """Owns device tables, KV cache, streams and graphs."""
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        sampler: Sampler,
+        kv: list[LayerKV],
+        tables: DeviceTables,
+        graphs: GraphTable,
+    ) -> None:
+        self.model = model
+        self.tables = tables
+        self._kv = kv
+        self.scratch_row = tables.last_token_R.numel() - 1
+        self._sampler = sampler
+        self.graphs = graphs
+        self._device = device
+        self._h2d = device.stream("h2d")
+        self.compute = device.stream("compute")
+        self._d2h = device.stream("d2h")
+
+    def shape_of(self, plan: Plan) -> StepShape:
+        """The shape that the plan is filled and launched in: a bucket's if a graph covers it, else its own."""
+        if plan.decode_only and (bucket := self.graphs.bucket_for(plan.rows_E.size)) is not None:
+            return StepShape.decode(bucket)
+        return StepShape(
+            tokens=plan.num_tokens,
+            entries=plan.rows_E.size,
+            samples=plan.num_samples,
+            updates=plan.block_ids_U.size,
+            admitted=plan.params.rows_A.size,
+        )
+
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+        """Queue the step that was filled into the slot. Returns at once."""
+        slot.num_samples = plan.num_samples
+        self._h2d.enqueue(lambda: copy_in(slot, shape))
+        self._h2d.record(slot.h2d_done)
+        self.compute.wait(slot.h2d_done)
+        self.compute.record(slot.compute_begin)
+        graph = self.graphs.get(shape, slot)
+        if graph is not None:
+            self.compute.enqueue(graph.replay)
+        else:
+            extent = Extent(
+                num_decodes=plan.num_decodes,
+                max_query=int(plan.counts_E.max()),
+                max_kv=int((plan.starts_E + plan.counts_E).max()),
+                all_greedy=plan.all_greedy,
+            )
+            self.compute.enqueue(lambda: self.compute_step(slot, shape, extent))
+        self.compute.record(slot.compute_done)
+        self._d2h.wait(slot.compute_done)
+        self._d2h.enqueue(lambda: copy_out(slot, plan.num_samples))
+        self._d2h.record(slot.d2h_done)
+
+    def close(self) -> None:
+        """Let queued work end, then end the streams."""
+        self._device.close()
+
+    @torch.inference_mode()
+    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+        """The compute stage: table deltas, carry-over, forward, sample. This is what graphs capture."""
+        inputs, tables = StepInputs.of(slot.device_in, shape), self.tables
+        self._apply_deltas(inputs, shape)
+        carried_T = tables.last_token_R.index_select(0, inputs.token_rows_T)
+        tokens_T = torch.where(inputs.tokens_T < 0, carried_T, inputs.tokens_T)
+        batch = AttentionBatch(
+            rows_E=inputs.rows_E,
+            query_start_E1=inputs.query_start_E1,
+            kv_len_E=inputs.kv_len_E,
+            token_rows_T=inputs.token_rows_T,
+            positions_T=inputs.positions_T,
+            block_table_RC=tables.block_table_RC,
+            num_decodes=extent.num_decodes,
+            max_query=extent.max_query,
+            max_kv=extent.max_kv,
+        )
+        hidden_TH = self.model.forward(tokens_T, self._kv, batch)
+        if not shape.samples:
+            return
+        hidden_SH = hidden_TH if shape.samples == shape.tokens else hidden_TH.index_select(0, inputs.sample_tokens_S)
+        sampled_S = self._sampler.sample(
+            self.model.logits(hidden_SH),
+            inputs.sample_rows_S,
+            inputs.sample_positions_S,
+            tables.sampling,
+            all_greedy=extent.all_greedy,
+        )
+        tables.last_token_R.index_copy_(0, inputs.sample_rows_S.long(), sampled_S)
+        slot.device_out[: shape.samples].copy_(sampled_S)
+
+    def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
+        """Bring the tables up to date, ordered on the compute stream after every step that reads the old state."""
+        if shape.updates:
+            where = (inputs.block_rows_U.long(), inputs.block_columns_U.long())
+            self.tables.block_table_RC.index_put_(where, inputs.block_ids_U)
+        if shape.admitted:
+            rows, sampling = inputs.param_rows_A.long(), self.tables.sampling
+            sampling.temperature_R.index_copy_(0, rows, inputs.temperature_A)
+            sampling.top_k_R.index_copy_(0, rows, inputs.top_k_A)
+            sampling.top_p_R.index_copy_(0, rows, inputs.top_p_A)
+            sampling.min_p_R.index_copy_(0, rows, inputs.min_p_A)
+            sampling.seed_R2.index_copy_(0, rows, inputs.seed_A2)
+
+
+def copy_in(slot: Slot, shape: StepShape) -> None:
+    """Host to device: the packed inputs, nothing more."""
+    size = sections_of(shape).total
+    slot.device_in[:size].copy_(slot.host_in[:size], non_blocking=True)
+
+
+def copy_out(slot: Slot, samples: int) -> None:
+    """Device to host: the sampled tokens."""
+    if samples:
+        slot.host_out[:samples].copy_(slot.device_out[:samples], non_blocking=True)

@@ -1,0 +1,76 @@
+"""Per-row state of running sequences, as arrays indexed by row, so that a step costs a few numpy calls."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from gapless.plan import PLACEHOLDER
+from gapless.request import Request
+
+MIN_STOP_WIDTH = 4
+
+
+class RowState(IntEnum):
+    """The life of a row. Only RUNNING rows are planned; the others drain until their last step has retired."""
+
+    FREE = 0
+    RUNNING = 1
+    ENDING = 2  # its last token has been scheduled
+    PREEMPTED = 3  # its blocks are wanted; tokens in flight still count
+    DEAD = 4  # finished or cancelled; tokens in flight are overshoot
+
+
+class RowTable:
+    """R rows of L tokens and C block columns.
+
+    length     tokens scheduled: known ones and placeholders in flight
+    known      tokens known to the host; length - known is what is in flight
+    computed   tokens whose KV has been launched
+    limit      length at which the request ends
+    last_step  newest step that has this row, -1 for none
+    """
+
+    def __init__(self, rows: int, max_length: int, columns: int) -> None:
+        self.state = np.zeros(rows, dtype=np.int8)
+        self.request_id = np.full(rows, -1, dtype=np.int64)
+        self.length = np.zeros(rows, dtype=np.int32)
+        self.known = np.zeros(rows, dtype=np.int32)
+        self.computed = np.zeros(rows, dtype=np.int32)
+        self.limit = np.zeros(rows, dtype=np.int32)
+        self.num_blocks = np.zeros(rows, dtype=np.int32)
+        self.last_step = np.full(rows, -1, dtype=np.int64)
+        self.greedy = np.ones(rows, dtype=np.bool_)
+        self.stop_ids = np.full((rows, MIN_STOP_WIDTH), PLACEHOLDER, dtype=np.int32)
+        # Zeroed pages are not touched before they are written, so unused context costs no memory.
+        self.tokens = np.zeros((rows, max_length), dtype=np.int32)
+        self.block_table = np.zeros((rows, columns), dtype=np.int32)
+
+    def take(self, row: int, request: Request, tokens: np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
+        """Give a free row to a request whose known tokens are `tokens`."""
+        size = tokens.size
+        self.state[row] = RowState.RUNNING
+        self.request_id[row] = request.request_id
+        self.length[row] = self.known[row] = size
+        self.computed[row] = 0
+        self.limit[row] = request.max_length
+        self.num_blocks[row] = 0
+        self.last_step[row] = -1
+        self.greedy[row] = request.params.greedy
+        self.tokens[row, :size] = tokens
+        self._set_stop_ids(row, request)
+
+    def clear(self, row: int) -> None:
+        self.state[row] = RowState.FREE
+        self.request_id[row] = -1
+        self.length[row] = self.known[row] = self.computed[row] = self.num_blocks[row] = 0
+
+    def _set_stop_ids(self, row: int, request: Request) -> None:
+        width = self.stop_ids.shape[1]
+        if request.stop_ids.size > width:
+            wider = np.full((self.stop_ids.shape[0], request.stop_ids.size), PLACEHOLDER, dtype=np.int32)
+            wider[:, :width] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[row] = PLACEHOLDER
+        self.stop_ids[row, : request.stop_ids.size] = request.stop_ids
