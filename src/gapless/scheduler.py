@@ -122,6 +122,14 @@ class Scheduler:
         self._finish(sequence, FinishReason.CANCELLED)
         return True
 
+    def preempt(self, request_id: int) -> bool:
+        """Take the row and blocks of a running request; it goes on later, recomputed. False if it is not running."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.row < 0 or self.rows.state[sequence.row] != RowState.RUNNING:
+            return False
+        self._preempt(sequence.row)
+        return True
+
     @property
     def num_running(self) -> int:
         """Requests that have a row and have not ended."""

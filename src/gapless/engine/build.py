@@ -11,7 +11,8 @@ import torch
 from gapless.attention.base import KVSpec, LayerKV
 from gapless.config import EngineConfig
 from gapless.device.base import Device, Graph
-from gapless.engine.core import Engine, ModelFacts
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.core import Engine
 from gapless.engine.fill import fill
 from gapless.engine.graphs import GraphTable, default_buckets
 from gapless.engine.layout import StepShape, packed_capacity
@@ -31,7 +32,7 @@ _SMALLEST_CACHE = 2  # blocks: the null block and one more
 def build_engine(model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype) -> Engine:
     """An engine that runs `model`, already on the device, in `dtype`. Raises ConfigError or OutOfMemoryError."""
     loop, limits = build_loop(model, config, device, sampler, dtype)
-    return Engine(loop, limits, ModelFacts(model.vocab_size, model.eos_token_ids), config)
+    return Engine(loop, Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed))
 
 
 def build_loop(

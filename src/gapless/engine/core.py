@@ -7,21 +7,19 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gapless.config import EngineConfig
+from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
-from gapless.errors import EngineDeadError, InvalidRequestError, PromptTooLongError, RequestTooLargeError
-from gapless.request import Request, SamplingParams, prompt_array
-from gapless.scheduler import Committed, SchedulerLimits, SchedulerStats
+from gapless.errors import EngineDeadError
+from gapless.request import Request, SamplingParams
+from gapless.scheduler import Committed, SchedulerStats
 
 _NO_IDS = np.zeros(0, dtype=np.int64)
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
-_MASK_64 = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +47,14 @@ class EngineStats:
         return self.busy_seconds / self.active_seconds if self.active_seconds else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What admission needs to know of the model."""
-
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-
-
 class Engine:
     """Takes validated requests from any thread and publishes tokens in batches, one record per step.
 
     `outputs` carries Committed records, and at last an EngineFailure if the engine dies. One consumer reads it.
     """
 
-    def __init__(self, loop: Loop, limits: SchedulerLimits, model: ModelFacts, config: EngineConfig) -> None:
-        self.limits = limits
-        self.model = model
-        self.config = config
+    def __init__(self, loop: Loop, admission: Admission) -> None:
+        self.admission = admission
         self.outputs: queue.SimpleQueue[Committed | EngineFailure] = queue.SimpleQueue()
         self._loop = loop
         self._loop.publish = self.outputs.put
@@ -74,8 +62,6 @@ class Engine:
         self._wake = threading.Event()
         self._closing = False
         self._error: BaseException | None = None
-        self._ids = count()
-        self._id_lock = threading.Lock()
         self._active_seconds = 0.0
         self._active_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
@@ -84,32 +70,8 @@ class Engine:
     # ------------------------------------------------------------ any thread
 
     def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
-        """Check a request and give it an id. Nothing is queued.
-
-        Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
-        """
-        prompt = prompt_array(prompt_token_ids, self.model.vocab_size)
-        limit = self.limits.max_model_len
-        if prompt.size >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {prompt.size} tokens; the context limit is {limit}, the answer included. "
-                "Shorten the prompt or raise max_model_len if the model allows it"
-            )
-        max_length = limit if params.max_tokens is None else min(limit, prompt.size + params.max_tokens)
-        needed, usable = -(-(max_length - 1) // self.limits.block_size), self.limits.num_blocks - 1
-        if needed > usable:
-            raise RequestTooLargeError(
-                f"the request may grow to {max_length} tokens and needs {needed} KV blocks; the whole cache has {usable}. "
-                "Lower max_tokens, shorten the prompt or give the KV cache more memory"
-            )
-        stop = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.eos_token_ids))
-        for token in params.stop_token_ids:
-            if token >= self.model.vocab_size:
-                raise InvalidRequestError(f"stop token id {token} is outside the vocabulary")
-        with self._id_lock:
-            request_id = next(self._ids)
-        seed = params.seed if params.seed is not None else _mix(self.config.seed, request_id)
-        return Request(request_id, prompt, params, max_length, np.asarray(sorted(stop), dtype=np.int32), seed)
+        """Check a request and give it an id; see Admission.make_request. Nothing is queued."""
+        return self.admission.make_request(prompt_token_ids, params)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests made by make_request, in this order. Raises EngineDeadError."""
@@ -191,11 +153,3 @@ class Engine:
         error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}")
         error.__cause__ = self._error
         return error
-
-
-def _mix(seed: int, request_id: int) -> int:
-    """A 64-bit seed for a request that brought none (SplitMix64's finaliser over both numbers)."""
-    z = (seed + (request_id + 1) * 0x9E3779B97F4A7C15) & _MASK_64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return z ^ (z >> 31)

@@ -1,0 +1,79 @@
+"""Who may enter: a request is checked against the vocabulary, the context limit and the whole KV cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapless.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from gapless.request import Request, SamplingParams, prompt_array
+from gapless.scheduler import SchedulerLimits
+
+_MASK_64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What admission needs to know of the model."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Admission:
+    """Makes requests with unique, growing ids. Callable from any thread."""
+
+    def __init__(self, limits: SchedulerLimits, model: ModelFacts, seed: int) -> None:
+        self.limits = limits
+        self.model = model
+        self._seed = seed
+        self._ids = count()
+        self._lock = threading.Lock()
+
+    def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
+        """Check a request and give it an id. Nothing is queued.
+
+        Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
+        """
+        prompt = prompt_array(prompt_token_ids, self.model.vocab_size)
+        max_length = self._max_length(prompt.size, params.max_tokens)
+        for token in params.stop_token_ids:
+            if token >= self.model.vocab_size:
+                raise InvalidRequestError(
+                    f"stop token id {token} is outside the vocabulary (0 to {self.model.vocab_size - 1})"
+                )
+        stop = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.eos_token_ids))
+        with self._lock:
+            request_id = next(self._ids)
+        seed = params.seed if params.seed is not None else _mix(self._seed, request_id)
+        return Request(request_id, prompt, params, max_length, np.asarray(sorted(stop), dtype=np.int32), seed)
+
+    def _max_length(self, prompt_size: int, max_tokens: int | None) -> int:
+        limit = self.limits.max_model_len
+        if prompt_size >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_size} tokens; the context limit is {limit}, the answer included. "
+                "Shorten the prompt, or raise max_model_len if the model and the KV cache allow it"
+            )
+        length = limit if max_tokens is None else min(limit, prompt_size + max_tokens)
+        needed, usable = -(-(length - 1) // self.limits.block_size), self.limits.num_blocks - 1
+        if needed > usable:
+            raise RequestTooLargeError(
+                f"the request may grow to {length} tokens, which takes {needed} KV blocks; the whole cache has {usable}. "
+                "Lower max_tokens, shorten the prompt or give the KV cache more memory"
+            )
+        return length
+
+
+def _mix(seed: int, request_id: int) -> int:
+    """A 64-bit seed for a request that brought none (SplitMix64's finaliser over both numbers)."""
+    z = (seed + (request_id + 1) * 0x9E3779B97F4A7C15) & _MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ (z >> 31)

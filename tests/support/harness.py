@@ -1,0 +1,77 @@
+"""Steps a real loop by hand, so that a test can act between any two steps and check the books after each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from gapless.config import EngineConfig
+from gapless.device.base import Device
+from gapless.device.cpu import CpuDevice
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.build import build_loop
+from gapless.models.base import Model
+from gapless.request import FinishReason, Request, SamplingParams
+from gapless.sampling.torch_sampler import TorchSampler
+from gapless.scheduler import Committed, Finished
+from support.hash_model import HashModel
+
+
+class Harness:
+    """A loop on the cpu device with everything it published, per request."""
+
+    def __init__(self, config: EngineConfig, model: Model | None = None, device: Device | None = None) -> None:
+        self.model = model or HashModel()
+        self.loop, limits = build_loop(self.model, config, device or CpuDevice(), TorchSampler(), torch.float32)
+        self.loop.publish = self._publish
+        self.scheduler = self.loop.scheduler
+        self.admission = Admission(limits, ModelFacts(self.model.vocab_size, self.model.eos_token_ids), config.seed)
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.finished: dict[int, Finished] = {}
+
+    def __enter__(self) -> Harness:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.close()
+
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        request = self.admission.make_request(prompt, params)
+        self.scheduler.add(request)
+        return request
+
+    def cancel(self, request_id: int) -> None:
+        self.scheduler.cancel(request_id)
+        self._book_ends(self.scheduler.take_finished())
+
+    def step(self) -> None:
+        self.loop.step()
+        self.loop.check_integrity()
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left; every count must be back where it began."""
+        steps = 0
+        while self.loop.has_work:
+            self.step()
+            steps += 1
+            assert steps < max_steps, "the engine makes no progress"
+        self.loop.check_integrity()
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+
+    def reason(self, request: Request) -> FinishReason:
+        return self.finished[request.request_id].reason
+
+    def _publish(self, committed: Committed) -> None:
+        for request_id, token in zip(committed.request_ids.tolist(), committed.tokens.tolist(), strict=True):
+            assert request_id not in self.finished, "a token after the end"
+            self.tokens[request_id].append(token)
+        self._book_ends(committed.finished)
+
+    def _book_ends(self, finished: Sequence[Finished]) -> None:
+        for end in finished:
+            assert end.request_id not in self.finished, "ended twice"
+            assert end.generated == len(self.tokens[end.request_id])
+            self.finished[end.request_id] = end
