@@ -137,6 +137,12 @@ class Scheduler:
         return used - sum(self.rows.state[row] == RowState.DEAD for row in self._draining)
 
     @property
+    def num_prefilling(self) -> int:
+        """Running rows whose prompt has not been launched to its end."""
+        self._refresh_rows()
+        return self._prefilling.size
+
+    @property
     def num_waiting(self) -> int:
         """Requests without a row."""
         return len(self._sequences) - self.num_running

@@ -65,7 +65,7 @@ class Admission:
         needed, usable = -(-(length - 1) // self.limits.block_size), self.limits.num_blocks - 1
         if needed > usable:
             raise RequestTooLargeError(
-                f"the request may grow to {length} tokens, which takes {needed} KV blocks; the whole cache has {usable}. "
+                f"the request may grow to {length} tokens and take {needed} KV blocks; the whole cache has {usable}. "
                 "Lower max_tokens, shorten the prompt or give the KV cache more memory"
             )
         return length

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
-from gapless.errors import EngineDeadError
+from gapless.errors import ConfigError, EngineDeadError
 from gapless.request import Request, SamplingParams
 from gapless.scheduler import Committed, SchedulerStats
 
@@ -96,6 +96,15 @@ class Engine:
         if since is not None:
             active += time.perf_counter() - since
         return EngineStats(self._loop.scheduler.stats, self._loop.slots.busy_seconds, active)
+
+    def set_lookahead(self, lookahead: int) -> None:
+        """Run with fewer steps in flight than the engine was built for, or with all again. Only while idle.
+
+        Lets both sides of a comparison use the same slots, graphs and memory.
+        """
+        if not 0 <= lookahead < len(self._loop.slots.slots):
+            raise ConfigError(f"lookahead must be 0 to {len(self._loop.slots.slots) - 1} here, not {lookahead}")
+        self._loop.lookahead = lookahead
 
     def close(self) -> None:
         """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again."""

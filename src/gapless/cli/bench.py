@@ -1,0 +1,93 @@
+"""`gapless bench`: measurements that anyone can repeat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure this engine.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+@app.command()
+def host(
+    batch: Annotated[list[int] | None, typer.Option(help="Running rows; repeatable.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens each row has; repeatable.")] = None,
+    queue: Annotated[list[int] | None, typer.Option(help="Waiting requests; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Timed steps.")] = 500,
+    lookahead: Annotated[int, typer.Option(min=0, max=16)] = 1,
+    json_output: Json = False,
+) -> None:
+    """Host time per decode step on a device that does nothing."""
+    from gapless.bench.host import as_json, measure
+
+    rows = [
+        measure(b, c, q, steps=steps, lookahead=lookahead)
+        for b in batch or [32, 256, 1024]
+        for c in context or [64, 1024]
+        for q in queue or [0, 10000]
+    ]
+    print(f"{'batch':>6} {'context':>8} {'waiting':>8} {'us/step':>9} {'p99 us':>8} {'blocks/step':>12}")
+    for row in rows:
+        print(
+            f"{row.batch:>6} {row.context:>8} {row.queue:>8} {row.us_per_step:>9} {row.us_p99:>8} "
+            f"{row.allocations_per_step:>12}"
+        )
+    if json_output:
+        print(json.dumps(as_json(rows)))
+
+
+@app.command()
+def decode(
+    shape: Annotated[str, typer.Option(help="llama-8b, llama-1b, smollm2-135m, or a config.json.")] = "smollm2-135m",
+    requests: Annotated[int, typer.Option(min=1)] = 32,
+    prompt_len: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    lookahead: Annotated[list[int] | None, typer.Option(help="Steps ahead; repeat to compare. Default 0 and 1.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each, alternating.")] = 3,
+    warm_up: Annotated[bool, typer.Option(help="One untimed run first.")] = True,
+    trace: Annotated[bool | None, typer.Option(help="One more run under a kernel trace. Default: on a GPU.")] = None,
+    graphs: Annotated[bool, typer.Option(help="Replay captured CUDA graphs.")] = True,
+    block_size: Annotated[int, typer.Option()] = 16,
+    max_batch_tokens: Annotated[int, typer.Option()] = 8192,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Offline decode of fixed lengths on random weights, greedy, start-up left out."""
+    from gapless.bench.decode import DecodeBench, Workload, as_json, compare
+    from gapless.config import EngineConfig
+    from gapless.weights.hf_config import load_shape
+
+    lookaheads = lookahead or [0, 1]
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "graphs": graphs, "block_size": block_size}
+    config = EngineConfig(
+        lookahead=max(lookaheads),
+        max_rows=requests,
+        max_batch_tokens=max(max_batch_tokens, requests),
+        graph_buckets=(requests,),
+        **options,
+    )
+    workload = Workload(requests=requests, prompt_len=prompt_len, new_tokens=new_tokens)
+    bench = DecodeBench(load_shape(shape), workload, config)
+    try:
+        results = compare(bench, lookaheads, repeat=repeat, warm_up=warm_up, traced=trace)
+    finally:
+        bench.close()
+    summary = as_json(bench, results)
+    print(f"{shape}, {requests} x ({prompt_len} + {new_tokens}), {summary['environment']}", file=sys.stderr)
+    print(f"{'lookahead':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'busy (events)':>14} {'busy (trace)':>13}")
+    for result in results:
+        traced = f"{result.trace.kernel_share:.2%}" if result.trace else "-"
+        print(
+            f"{result.lookahead:>9} {result.median_seconds:>9.3f} {result.spread_seconds:>7.3f} "
+            f"{result.tokens_per_second:>10.0f} {result.busy_share:>14.2%} {traced:>13}"
+        )
+    if not summary["tokens_equal"]:
+        print("the tokens of the runs differ", file=sys.stderr)
+    if json_output:
+        print(json.dumps(summary))

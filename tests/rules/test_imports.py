@@ -1,0 +1,132 @@
+"""The import direction of docs/architecture.md, torch.cuda in one place, and host waits in two."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import gapless
+
+ROOT = Path(gapless.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# What each room may import of this package, and whether it may import torch. Longest prefix wins.
+BASICS = {"errors", "config", "request", "plan"}
+POLICY = BASICS | {"blocks", "rows", "scheduler"}
+ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine"}
+FRONT = ENGINE | {"outputs", "collector", "text", "weights", "loading", "llm", "async_llm"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "request": {"errors"},
+    "plan": {"errors"},
+    "blocks": BASICS,
+    "rows": BASICS,
+    "scheduler": POLICY,
+    "device": {"errors", "device"},
+    "kernels": {"errors", "kernels", "attention.base"},
+    "attention": {"errors", "config", "attention", "kernels"},
+    "models": {"errors", "config", "attention.base", "attention", "models", "kernels"},
+    "sampling": {"errors", "sampling"},
+    "weights": {"errors", "config", "weights"},
+    "text": {"errors", "text"},
+    "engine": ENGINE,
+    "outputs": BASICS,
+}
+ENGINE_LAYERS = ["layout", "slots", "graphs", "fill", "runner", "loop", "admission", "core", "build"]
+NO_TORCH = {"errors", "config", "request", "plan", "blocks", "rows", "scheduler", "outputs"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> list[str]:
+    """Every module that a file imports, lazily or not."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path.name} imports relatively"
+            names += [node.module] if node.module != "gapless" else [f"gapless.{a.name}" for a in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_in_the_agreed_direction(path: Path):
+    module = module_of(path)
+    room = module.split(".")[0]
+    if room not in ALLOWED:
+        return
+    for name in imports_of(path):
+        if name.startswith("gapless."):
+            target = name.removeprefix("gapless.")
+            allowed = any(target == room or target.startswith(room + ".") for room in ALLOWED[room])
+            assert allowed or target.split(".")[0] == room, f"{module} must not import {name}"
+        elif room in NO_TORCH:
+            assert name.split(".")[0] not in {"torch", "triton", "transformers"}, f"{module} must not import {name}"
+
+
+def test_inside_the_engine_later_layers_import_earlier_ones_only():
+    for path in (ROOT / "engine").glob("*.py"):
+        layer = path.stem
+        if layer == "__init__":
+            continue
+        assert layer in ENGINE_LAYERS, f"engine/{layer}.py has no place in the order of layers"
+        for name in imports_of(path):
+            if name.startswith("gapless.engine."):
+                target = name.split(".")[2]
+                assert ENGINE_LAYERS.index(target) < ENGINE_LAYERS.index(layer), f"{layer} must not import {target}"
+
+
+def test_every_room_below_the_front_ends_has_a_rule():
+    rooms = {module_of(path).split(".")[0] for path in FILES} - {""}
+    assert rooms - set(ALLOWED) <= {"llm", "async_llm", "collector", "loading", "cli", "bench", "demo", "server"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_torch_cuda_is_used_in_one_file_only(path: Path):
+    if module_of(path) != "device.cuda":
+        used = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+            and node.attr == "cuda"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ]
+        assert not used, f"torch.cuda in {module_of(path)}, line {used[0].lineno}"
+
+
+WAITS = re.compile(r"\.(synchronize|item|tolist_sync|cpu)\(\)")
+MAY_WAIT = {"device.cpu", "device.cuda", "device.null", "device.base", "engine.slots"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_the_host_waits_for_the_device_in_the_device_and_the_slots_only(path: Path):
+    module = module_of(path)
+    room = module.split(".")[0]
+    on_the_hot_path = room in {"engine", "scheduler", "plan", "rows", "blocks", "device"}
+    if on_the_hot_path and module not in MAY_WAIT:
+        assert not WAITS.search(path.read_text()), f"{module} waits for the device"
+
+
+def test_the_core_runs_without_a_server_library():
+    forbidden = {"fastapi", "uvicorn", "pydantic", "msgspec", "prometheus_client", "starlette"}
+    for path in FILES:
+        if module_of(path).split(".")[0] != "server":
+            found = forbidden & {name.split(".")[0] for name in imports_of(path)}
+            assert not found, f"{module_of(path)} imports {found}"
+
+
+def test_nothing_unpickles_or_runs_remote_code():
+    for path in FILES:
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert not {"pickle", "dill", "cloudpickle"} & {name.split(".")[0] for name in imports_of(path)}, path
+        assert "trust_remote_code" not in text, path
