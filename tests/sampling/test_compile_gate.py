@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton: Any = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from gapless.sampling.triton_sampler import low_zero_bits, sample_kernel  # noqa: E402
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS = ("extremes_kernel", "mass_kernel", "choose_kernel")
 POINTERS = {
     "rows_ptr": "*i32",
     "positions_ptr": "*i32",
@@ -25,42 +20,56 @@ POINTERS = {
     "top_p_ptr": "*fp32",
     "min_p_ptr": "*fp32",
     "seed_ptr": "*i32",
+    "best_ptr": "*fp32",
+    "worst_ptr": "*fp32",
+    "token_ptr": "*i32",
+    "mass_ptr": "*i64",
+    "buffer_ptr": "*fp32",
     "tokens_ptr": "*i32",
 }
 
 
-def compiled(target: str, dtype: torch.dtype, vocab: int) -> object:
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    block = 4096
+def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str, Any]:
+    """What Triton makes of a kernel with TritonSampler's default shape, by stage of the compilation."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gapless.sampling import triton_kernels, triton_sampler
+
+    kernel: Any = getattr(triton_kernels, kernel_name)
+    sampler = triton_sampler.TritonSampler()
     constants = {
         "VOCAB": vocab,
-        "BLOCK": block,
-        "TILES": triton.next_power_of_2(triton.cdiv(vocab, block)),
-        "LARGEST": torch.finfo(dtype).max,
-        "LOW_ZERO_BITS": low_zero_bits(dtype),
+        "BLOCK": sampler.block,
+        "TILES": triton.next_power_of_2(triton.cdiv(vocab, sampler.block)),
+        "LARGEST": torch.finfo(DTYPES[dtype]).max,
+        "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
     }
-    signature = {"logits_ptr": f"*{name}", "logits_stride": "i32", **POINTERS, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=sample_kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": 16, "enable_fp_fusion": False})
+    types = {"logits_ptr": f"*{dtype}", "logits_stride": "i32", **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    names: list[str] = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in names},
+        constexprs={name: constants[name] for name in names if name in constants},
+    )
+    warps = sampler.choose_warps if kernel_name == "choose_kernel" else sampler.tile_warps
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm
 
 
 @pytest.mark.parametrize(
     ("target", "dtype", "vocab"),
-    [
-        ("sm_80", torch.bfloat16, 49152),
-        ("sm_90", torch.bfloat16, 128256),
-        ("sm_90", torch.float32, 50257),
-        ("gfx942", torch.bfloat16, 128256),
-    ],
+    [("sm_80", "bf16", 49152), ("sm_90", "bf16", 128256), ("sm_90", "fp32", 50257), ("gfx942", "fp16", 128256)],
 )
-def test_the_sampler_kernel_compiles(target: str, dtype: torch.dtype, vocab: int):
-    kernel = compiled(target, dtype, vocab)
-    binary = "hsaco" if target == "gfx942" else "cubin"
-    assert len(kernel.asm[binary]) > 0  # type: ignore[attr-defined]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_sampler_compiles(kernel: str, target: str, dtype: str, vocab: int):
+    asm = assembled(kernel, target, dtype, vocab)
+    assert len(asm["hsaco" if target == "gfx942" else "cubin"]) > 0
 
 
-def test_the_kernel_rounds_every_operation_of_the_weights_by_itself():
-    ptx: str = compiled("sm_90", torch.bfloat16, 128256).asm["ptx"]  # type: ignore[attr-defined]
-    assert "fma.rn.f32" not in ptx
-    assert ".ftz" not in ptx
-    assert "div.full" not in ptx
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_every_operation_of_a_weight_is_rounded_by_itself(kernel: str):
+    lines: list[str] = assembled(kernel, "sm_90", "bf16", 128256)["ptx"].splitlines()
+    assert not [line for line in lines if "fma.rn.f32" in line or "div.full" in line]
+    flushing = [line for line in lines if ".ftz" in line]
+    assert all("cvt.rmi.ftz" in line for line in flushing)  # floor: no subnormal reaches it

@@ -14,17 +14,19 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.models.base import Model
 from gapless.request import FinishReason, Request, SamplingParams
-from gapless.sampling.torch_sampler import TorchSampler
+from gapless.sampling import make_sampler
 from gapless.scheduler import Committed, Finished
 from support.hash_model import HashModel
 
 
 class Harness:
-    """A loop on the cpu device with everything it published, per request."""
+    """A loop, on the cpu device unless another is given, with everything it published, per request."""
 
     def __init__(self, config: EngineConfig, model: Model | None = None, device: Device | None = None) -> None:
-        self.model = model or HashModel()
-        self.loop, limits = build_loop(self.model, config, device or CpuDevice(), TorchSampler(), torch.float32)
+        device = device or CpuDevice()
+        self.model = model or HashModel(device=device.torch_device)
+        sampler = make_sampler(device.torch_device)
+        self.loop, limits = build_loop(self.model, config, device, sampler, torch.float32)
         self.loop.publish = self._publish
         self.scheduler = self.loop.scheduler
         self.admission = Admission(limits, ModelFacts(self.model.vocab_size, self.model.eos_token_ids), config.seed)

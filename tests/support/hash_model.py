@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,9 @@ _SPREAD = 7919
 _LEVELS = 9973
 
 
-def _weights(length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _weights(length: int) -> Tensor:
     """One factor per position, so that the hash depends on the order."""
-    positions = np.arange(1, length + 1, dtype=np.int64)
+    positions = torch.arange(1, length + 1, dtype=torch.int64)
     return (positions * _STRIDE + positions * positions * 97) % _PRIME
 
 
@@ -34,16 +33,16 @@ def prefix_hash(tokens: Sequence[int]) -> int:
     return sum((token + 1) * factor % _PRIME for token, factor in zip(tokens, factors, strict=True)) % _PRIME
 
 
-def scores(hashes_E: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Distinct-looking scores [E, VOCAB] from hashes, 0 to _LEVELS - 1."""
-    tokens = np.arange(1, VOCAB + 1, dtype=np.int64)
-    mixed = (hashes_E[:, None] % 1_000_003) * (tokens * _SPREAD) + hashes_E[:, None] // 7
-    return (mixed ^ (mixed >> 13)) % _LEVELS
+def scores(hashes_E: Tensor) -> Tensor:
+    """Scattered scores [E, VOCAB] from hashes, int64 in 0 to _LEVELS - 1."""
+    tokens_V = torch.arange(1, VOCAB + 1, dtype=torch.int64, device=hashes_E.device)
+    mixed_EV = (hashes_E[:, None] % 1_000_003) * (tokens_V * _SPREAD) + hashes_E[:, None] // 7
+    return (mixed_EV ^ (mixed_EV >> 13)) % _LEVELS
 
 
 def next_token(tokens: Sequence[int]) -> int:
     """The greedy continuation of a prefix, with no engine involved."""
-    return int(scores(np.asarray([prefix_hash(tokens)], dtype=np.int64))[0].argmax())
+    return int(scores(torch.tensor([prefix_hash(tokens)]))[0].argmax())
 
 
 def expected_tokens(prompt: Sequence[int], max_length: int, stop_ids: Sequence[int]) -> list[int]:
@@ -64,9 +63,9 @@ class HashModel:
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
     dtype = torch.float32
 
-    def __init__(self, max_position: int = 128) -> None:
+    def __init__(self, max_position: int = 128, device: torch.device | None = None) -> None:
         self.max_position = max_position
-        self._weights_L = torch.from_numpy(_weights(max_position))
+        self._weights_L = _weights(max_position).to(device or torch.device("cpu"))
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         cache, size = kv[0], kv[0].block_size
@@ -79,7 +78,7 @@ class HashModel:
         columns = -(-length // size)
         seen_TL = cache.k_BKSD[table_TC[:, :columns], 0, :, 0].flatten(1)[:, :length].double()
         where_TL = cache.v_BKSD[table_TC[:, :columns], 0, :, 0].flatten(1)[:, :length].double()
-        at_L = torch.arange(length)
+        at_L = torch.arange(length, device=tokens_T.device)
         valid_TL = at_L <= positions_T[:, None]
         misplaced_TL = valid_TL & (where_TL != at_L)
         terms_TL = (seen_TL.nan_to_num(-7.0).long() + 1) * self._weights_L[:length] % _PRIME
@@ -87,4 +86,4 @@ class HashModel:
         return hashes_T[:, None]
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
-        return torch.from_numpy(scores(hidden_EH[:, 0].numpy())).float() / 1000.0
+        return scores(hidden_EH[:, 0]).float() / 1000.0

@@ -1,0 +1,139 @@
+"""Every kernel compiles for every architecture it is meant for, and fits its shared memory, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gapless.kernels.paged_decode import decode_kernel, decode_tiles, reduce_kernel  # noqa: E402
+from gapless.kernels.paged_prefill import prefill_kernel, prefill_tiles  # noqa: E402
+from gapless.kernels.rms_norm import add_rms_norm_kernel  # noqa: E402
+from gapless.kernels.rope_append import rope_append_kernel  # noqa: E402
+from gapless.kernels.silu_mul import silu_mul_kernel  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Target:
+    gpu: GPUTarget
+    binary: str
+    shared_memory: int  # bytes that one program may have
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "cubin", 163 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "cubin", 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "hsaco", 64 * 1024),
+}
+TYPES = {
+    **dict.fromkeys(("rows_E", "kv_len_E", "query_start_E1", "block_table_RC", "token_rows_T", "positions_T"), "*i32"),
+    **dict.fromkeys(("partial_ENXD", "partial_lse_ENX", "rope_PD"), "*fp32"),
+    **dict.fromkeys(("table_stride", "q_stride", "splits", "num_decodes"), "i32"),
+    **dict.fromkeys(("eps", "scale_log2"), "fp32"),
+}
+Case = tuple[Any, dict[str, int | bool], dict[str, int]]
+
+
+def decode(head_dim: int, group: int, itemsize: int, amd: bool, whole: bool = False) -> Case:
+    tiles = decode_tiles(head_dim, itemsize, amd)
+    constants: dict[str, int | bool] = {
+        "KV_HEADS": 8,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": 16,
+        "GROUP_TILE": 16,
+        "DIM_TILE": triton.next_power_of_2(head_dim),
+        "BLOCK_N": tiles.block_n,
+        "MIN_SPAN": tiles.min_span,
+        "WHOLE": whole,
+    }
+    return decode_kernel, constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def reduce(head_dim: int, amd: bool) -> Case:
+    tiles = decode_tiles(head_dim, 2, amd)
+    constants: dict[str, int | bool] = {
+        "HEADS": 32,
+        "HEAD_DIM": head_dim,
+        "DIM_TILE": head_dim,
+        "BLOCK_N": tiles.block_n,
+        "MIN_SPAN": tiles.min_span,
+        "SPLITS_TILE": 64,
+    }
+    return reduce_kernel, constants, {"num_warps": 4}
+
+
+def prefill(head_dim: int, group: int, itemsize: int, amd: bool) -> Case:
+    tiles = prefill_tiles(head_dim, itemsize, group, max_query=8192, amd=amd)
+    constants: dict[str, int | bool] = {
+        "KV_HEADS": 8,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": 16,
+        "BLOCK_M": tiles.block_m,
+        "DIM_TILE": triton.next_power_of_2(head_dim),
+        "BLOCK_N": tiles.block_n,
+    }
+    return prefill_kernel, constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def rms_norm(_: bool) -> Case:
+    return add_rms_norm_kernel, {"HIDDEN": 4096, "BLOCK": 4096, "ADD": True}, {"num_warps": 8}
+
+
+def silu_mul(_: bool) -> Case:
+    return silu_mul_kernel, {"WIDTH": 14336, "BLOCK": 1024}, {"num_warps": 4}
+
+
+def rope_append(head_dim: int) -> Case:
+    constants: dict[str, int | bool] = {
+        "HEADS": 32,
+        "KV_HEADS": 8,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": 16,
+        "HEADS_TILE": 8,
+        "HALF_TILE": triton.next_power_of_2(head_dim // 2),
+        "NORM": True,
+    }
+    return rope_append_kernel, constants, {"num_warps": 4}
+
+
+CASES: dict[str, Callable[[bool], Case]] = {
+    "decode-128": lambda amd: decode(128, 4, 2, amd),
+    "decode-64-whole": lambda amd: decode(64, 7, 2, amd, whole=True),
+    "decode-256": lambda amd: decode(256, 1, 2, amd),
+    "decode-80": lambda amd: decode(80, 3, 2, amd),
+    "reduce-128": lambda amd: reduce(128, amd),
+    "prefill-128": lambda amd: prefill(128, 4, 2, amd),
+    "prefill-64": lambda amd: prefill(64, 3, 2, amd),
+    "prefill-256": lambda amd: prefill(256, 1, 2, amd),
+    "rms_norm": rms_norm,
+    "silu_mul": silu_mul,
+    "rope_append-128": lambda _: rope_append(128),
+    "rope_append-80": lambda _: rope_append(80),
+}
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+@pytest.mark.parametrize("case_name", CASES)
+def test_a_kernel_compiles_and_fits_in_shared_memory(target_name: str, case_name: str):
+    target = TARGETS[target_name]
+    kernel, constants, options = CASES[case_name](target.gpu.backend == "hip")
+    names: list[str] = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled: Any = triton.compile(source, target=target.gpu, options={**options, "enable_fp_fusion": True})
+    assert compiled.asm[target.binary]
+    assert compiled.metadata.shared <= target.shared_memory
