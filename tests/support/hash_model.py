@@ -59,7 +59,7 @@ class HashModel:
     """Implements models.base.Model. The K cache holds token ids, the V cache positions; both are checked by hashing."""
 
     vocab_size = VOCAB
-    eos_token_ids = (EOS,)
+    eos_token_ids: tuple[int, ...] = (EOS,)
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
     dtype = torch.float32
 

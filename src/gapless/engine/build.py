@@ -98,8 +98,6 @@ def _no_tokens() -> Ints:
 def _count_blocks(spec: KVSpec, config: EngineConfig, device: Device, dtype: torch.dtype, activation: int) -> int:
     """KV blocks: as given, or as many as the memory that is free after weights and activations holds."""
     block_bytes = spec.bytes_per_block(config.block_size, dtype)
-    if config.num_blocks is not None:
-        return config.num_blocks + 1  # the null block comes on top
     free, _ = device.memory()
     if config.kv_cache_bytes is not None:
         budget = config.kv_cache_bytes
@@ -107,8 +105,11 @@ def _count_blocks(spec: KVSpec, config: EngineConfig, device: Device, dtype: tor
         budget = min(CPU_KV_CACHE_BYTES, int(free * config.memory_fraction))
     else:
         budget = int(free * config.memory_fraction) - activation
-    needed_rows = config.max_rows * -(-(config.max_model_len or 2**40) // config.block_size) + 1
-    blocks = min(budget // block_bytes, needed_rows)
+    blocks = budget // block_bytes
+    if config.num_blocks is not None:
+        blocks = config.num_blocks + 1  # the null block comes on top
+    elif config.max_model_len is not None:
+        blocks = min(blocks, config.max_rows * -(-config.max_model_len // config.block_size) + 1)
     if blocks < _SMALLEST_CACHE or blocks * block_bytes > free:
         raise OutOfMemoryError(
             f"the KV cache would get {max(blocks, 0) * block_bytes / 2**20:.0f} MiB of {free / 2**20:.0f} MiB free; "

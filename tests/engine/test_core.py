@@ -1,0 +1,209 @@
+"""The engine on its thread: waking, idling, cancelling, failing, closing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.config import EngineConfig
+from gapless.device.cpu import CpuDevice
+from gapless.engine.build import build_engine
+from gapless.engine.core import Engine, EngineFailure
+from gapless.errors import ConfigError, EngineDeadError, OutOfMemoryError
+from gapless.models.base import Model
+from gapless.request import FinishReason, Request, SamplingParams
+from gapless.sampling import make_sampler
+from gapless.scheduler import Finished
+from support.hash_model import HashModel, expected_tokens
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+class GatedModel(HashModel):
+    """Stands still in its forward pass until the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        self.entered.set()
+        assert self.gate.wait(30)
+        return super().forward(tokens_T, kv, batch)
+
+
+class FailingModel(HashModel):
+    """Works for a few steps, then raises."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise ArithmeticError("a kernel went wrong")
+        return super().forward(tokens_T, kv, batch)
+
+
+def make_engine(model: Model | None = None, **options: Any) -> Engine:
+    config = EngineConfig(**{"max_rows": 8, "num_blocks": 200, "device": "cpu", **options})
+    return build_engine(model or HashModel(), config, CpuDevice(), make_sampler(torch.device("cpu")), torch.float32)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = make_engine()
+    yield engine
+    engine.close()
+
+
+def collect(engine: Engine, requests: list[Request]) -> tuple[dict[int, list[int]], dict[int, Finished]]:
+    """Read outputs until all of these have ended."""
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    ends: dict[int, Finished] = {}
+    while len(ends) < len(requests):
+        record = engine.outputs.get(timeout=30)
+        if isinstance(record, EngineFailure):
+            raise record.error
+        for request_id, token in zip(record.request_ids.tolist(), record.tokens.tolist(), strict=True):
+            tokens[request_id].append(token)
+        ends.update({end.request_id: end for end in record.finished})
+    return tokens, ends
+
+
+def test_requests_from_many_threads_all_get_their_tokens(engine: Engine):
+    made: list[Request] = []
+    lock = threading.Lock()
+
+    def submit(number: int) -> None:
+        request = engine.make_request([number, number + 1], GREEDY)
+        with lock:
+            made.append(request)
+        engine.submit([request])
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tokens, _ = collect(engine, made)
+    for request in made:
+        assert tokens[request.request_id] == expected_tokens(request.prompt.tolist(), 22, [])
+
+
+def test_an_engine_that_starts_idle_wakes_at_once_and_goes_idle_again(engine: Engine):
+    for _ in range(20):
+        request = engine.make_request([1], GREEDY)
+        engine.submit([request])
+        tokens, _ = collect(engine, [request])
+        assert len(tokens[request.request_id]) == 20
+
+
+def test_an_idle_engine_uses_no_cpu(engine: Engine):
+    request = engine.make_request([1], GREEDY)
+    engine.submit([request])
+    collect(engine, [request])
+    [thread] = [t for t in threading.enumerate() if t.name == "gapless-engine" and t.is_alive()]
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
+    settled = time.clock_gettime(clock)
+    spin_until = time.process_time() + 0.3
+    while time.process_time() < spin_until:
+        pass
+    assert time.clock_gettime(clock) - settled < 0.02
+
+
+def test_a_cancel_between_two_steps_ends_the_request_with_its_one_terminal_event():
+    model = GatedModel()
+    engine = make_engine(model)
+    try:
+        running, queued = (engine.make_request([n], GREEDY) for n in (1, 2))
+        engine.submit([running])
+        assert model.entered.wait(30)  # its first step is in flight
+        engine.submit([queued])
+        engine.cancel([running.request_id, queued.request_id, running.request_id, 12345])
+        model.gate.set()
+        tokens, ends = collect(engine, [running, queued])
+        assert {end.reason for end in ends.values()} == {FinishReason.CANCELLED}
+        assert ends[running.request_id].generated == len(tokens[running.request_id])
+        again = engine.make_request([3], GREEDY)
+        engine.submit([again])
+        tokens, ends = collect(engine, [again])
+        assert tokens[again.request_id] == expected_tokens([3], 21, [])
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, steps: int):
+    engine = make_engine(FailingModel(steps), lookahead=lookahead)
+    requests = [engine.make_request([n], GREEDY) for n in range(3)]
+    engine.submit(requests)
+    with pytest.raises(EngineDeadError, match="ArithmeticError: a kernel went wrong") as caught:
+        collect(engine, requests)
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    with pytest.raises(EngineDeadError, match="a kernel went wrong"):
+        engine.submit(requests)
+    assert not engine.alive
+    engine.close()
+    healthy = make_engine()
+    request = healthy.make_request([5], GREEDY)
+    healthy.submit([request])
+    assert collect(healthy, [request])[0][request.request_id] == expected_tokens([5], 21, [])
+    healthy.close()
+
+
+def test_closing_ends_unfinished_requests_with_an_error_and_may_be_repeated():
+    model = GatedModel()
+    engine = make_engine(model)
+    request = engine.make_request([1], GREEDY)
+    engine.submit([request])
+    assert model.entered.wait(30)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    model.gate.set()
+    closer.join(30)
+    engine.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        collect(engine, [request])
+    with pytest.raises(EngineDeadError, match="closed"):
+        engine.submit([request])
+
+
+def test_the_busy_share_counts_compute_and_not_waiting(engine: Engine):
+    requests = [engine.make_request([n], GREEDY) for n in range(8)]
+    engine.submit(requests)
+    collect(engine, requests)
+    stats = engine.stats()
+    assert 0.0 < stats.busy_share <= 1.0
+    assert stats.scheduler.generated_tokens == 160
+    assert stats.scheduler.prompt_tokens == 8
+
+
+def test_lookahead_can_be_lowered_but_not_past_the_slots(engine: Engine):
+    engine.set_lookahead(0)
+    engine.set_lookahead(1)
+    with pytest.raises(ConfigError, match="0 to 1"):
+        engine.set_lookahead(2)
+
+
+def test_a_cache_that_does_not_fit_is_an_out_of_memory_error():
+    with pytest.raises(OutOfMemoryError, match="KV cache"):
+        make_engine(num_blocks=None, kv_cache_bytes=2)
+    with pytest.raises(OutOfMemoryError, match="KV cache"):
+        make_engine(num_blocks=2**50)
+
+
+def test_a_context_limit_beyond_the_model_is_refused():
+    with pytest.raises(ConfigError, match="more than the model's context limit of 128"):
+        make_engine(max_model_len=129)
