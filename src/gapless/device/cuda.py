@@ -52,7 +52,7 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise ConfigError("device cuda was asked for, but torch sees no CUDA device")
-        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
+        index = torch_device.index if ":" in str(torch_device) else torch.cuda.current_device()
         if index >= torch.cuda.device_count():
             raise ConfigError(f"there is no device cuda:{index}; torch sees {torch.cuda.device_count()}")
         self.torch_device = torch.device("cuda", index)
