@@ -7,7 +7,6 @@ Exits with 1 if a token differs. The table comes last; times are microseconds pe
 
 from __future__ import annotations
 
-# ruff: noqa: T201
 import argparse
 import sys
 from pathlib import Path

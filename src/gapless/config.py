@@ -8,6 +8,8 @@ from typing import Literal
 from gapless.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+GPU_BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 256
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -65,7 +67,8 @@ class EngineConfig:
 
     lookahead           steps launched before the oldest is read: 0 synchronous, 1 one step ahead (default).
     max_rows            sequences that may run at once.
-    max_batch_tokens    most tokens in one step, prefill chunks and decode rows together.
+    max_batch_tokens    most tokens in one step, prefill chunks and decode rows together; None: 8192 on a GPU, 256 on
+                        the CPU (a step of them takes about half a second there), or max_rows if that is more.
     max_model_len       context limit in tokens; None: the model's own, as far as the KV cache holds it.
     block_size          tokens in a KV block.
     kv_cache_bytes      memory for the KV cache; None: sized from free memory.
@@ -81,7 +84,7 @@ class EngineConfig:
 
     lookahead: int = 1
     max_rows: int = 256
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_bytes: int | None = None
@@ -101,7 +104,7 @@ class EngineConfig:
         _between("seed", self.seed, 0, 2**64 - 1)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two, not {self.block_size}")
-        if self.max_batch_tokens < self.max_rows:
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_rows:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_rows ({self.max_rows}): "
                 "every running sequence decodes one token a step"
@@ -116,6 +119,12 @@ class EngineConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
         for bucket in self.graph_buckets or ():
             _between("graph_buckets", bucket, 1, self.max_rows)
+
+    def token_budget(self, *, on_cpu: bool) -> int:
+        """max_batch_tokens, resolved for the device."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return max(CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS, self.max_rows)
 
 
 def _between(name: str, value: int, low: int, high: int) -> None:

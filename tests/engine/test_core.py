@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ class FailingModel(HashModel):
 
 
 def make_engine(model: Model | None = None, **options: Any) -> Engine:
-    config = EngineConfig(**{"max_rows": 8, "num_blocks": 200, "device": "cpu", **options})
+    config = replace(EngineConfig(max_rows=8, num_blocks=200, device="cpu"), **options)
     return build_engine(model or HashModel(), config, CpuDevice(), make_sampler(torch.device("cpu")), torch.float32)
 
 

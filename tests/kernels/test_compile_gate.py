@@ -19,6 +19,8 @@ from gapless.kernels.rms_norm import add_rms_norm_kernel  # noqa: E402
 from gapless.kernels.rope_append import rope_append_kernel  # noqa: E402
 from gapless.kernels.silu_mul import silu_mul_kernel  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Target:

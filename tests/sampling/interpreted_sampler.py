@@ -110,7 +110,7 @@ def main() -> None:
         assert tokens_E.dtype == torch.int32
         assert torch.equal(tokens_E, expected_E), (vocab, block, dtype, tokens_E, expected_E)
         compared += ENTRIES
-    print(f"agreed on {compared} tokens")  # noqa: T201
+    print(f"agreed on {compared} tokens")
 
 
 if __name__ == "__main__":

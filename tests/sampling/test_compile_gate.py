@@ -38,10 +38,11 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
 
     kernel: Any = getattr(triton_kernels, kernel_name)
     sampler = triton_sampler.TritonSampler()
+    block = triton_sampler.block_for(vocab, sampler.block)
     constants = {
         "VOCAB": vocab,
-        "BLOCK": sampler.block,
-        "TILES": triton.next_power_of_2(triton.cdiv(vocab, sampler.block)),
+        "BLOCK": block,
+        "TILES": triton.next_power_of_2(triton.cdiv(vocab, block)),
         "LARGEST": torch.finfo(DTYPES[dtype]).max,
         "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
     }
@@ -59,7 +60,13 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
 
 @pytest.mark.parametrize(
     ("target", "dtype", "vocab"),
-    [("sm_80", "bf16", 49152), ("sm_90", "bf16", 128256), ("sm_90", "fp32", 50257), ("gfx942", "fp16", 128256)],
+    [
+        ("sm_80", "bf16", 49152),
+        ("sm_90", "bf16", 128256),
+        ("sm_90", "fp32", 50257),
+        ("sm_90", "fp32", 61),
+        ("gfx942", "fp16", 128256),
+    ],
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_sampler_compiles(kernel: str, target: str, dtype: str, vocab: int):

@@ -12,9 +12,11 @@ Letters that end a tensor's name give its shape:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +43,11 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """The KV cache of one layer. Token t of block b, head k lies at [b, k, t]."""
+    """The KV cache of one layer. Token t of block b, head k lies at [b, k, t].
+
+    Both tensors are contiguous. The layout is part of the contract: fused kernels outside a backend write it too.
+    Memory that no token was written to may hold NaN.
+    """
 
     k_BKSD: Tensor
     v_BKSD: Tensor
@@ -63,10 +69,22 @@ class KVSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * dtype.itemsize
 
     def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        """The cache of every layer, in one zeroed allocation."""
+        """The cache of every layer, in one zeroed allocation; on the CPU, pages cost memory only once written."""
         shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, block_size, self.head_dim)
-        whole = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            zeroed = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            whole = torch.from_numpy(zeroed).view(dtype).view(shape)
+        else:
+            whole = torch.zeros(shape, dtype=dtype, device=device)
         return [LayerKV(layer[0], layer[1]) for layer in whole.unbind(0)]
+
+
+def append_kv(k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
+    """Write each token's key and value to its place in the cache: `AttentionBackend.append` in plain torch."""
+    columns_T, offsets_T = batch.positions_T // kv.block_size, batch.positions_T % kv.block_size
+    blocks_T = batch.block_table_RC[batch.token_rows_T, columns_T]
+    kv.k_BKSD[blocks_T, :, offsets_T] = k_TKD
+    kv.v_BKSD[blocks_T, :, offsets_T] = v_TKD
 
 
 class AttentionBackend(Protocol):
@@ -75,7 +93,10 @@ class AttentionBackend(Protocol):
     name: str
 
     def append(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
-        """Write each token's key and value to its place in the cache. Inputs may be strided views."""
+        """Write each token's key and value to its place in the cache. Inputs may be strided views.
+
+        A model may also write them itself, fused with what comes before (`LayerKV` fixes the layout).
+        """
         ...
 
     def attend(self, q_TND: Tensor, kv: LayerKV, batch: AttentionBatch, scale: float) -> Tensor:

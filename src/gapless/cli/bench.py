@@ -47,7 +47,9 @@ def decode(
     requests: Annotated[int, typer.Option(min=1)] = 32,
     prompt_len: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    lookahead: Annotated[list[int] | None, typer.Option(help="Steps ahead; repeat to compare. Default 0 and 1.")] = None,
+    lookahead: Annotated[
+        list[int] | None, typer.Option(help="Steps ahead; repeat to compare. Default 0 and 1.")
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each, alternating.")] = 3,
     warm_up: Annotated[bool, typer.Option(help="One untimed run first.")] = True,
     trace: Annotated[bool | None, typer.Option(help="One more run under a kernel trace. Default: on a GPU.")] = None,

@@ -46,7 +46,7 @@ def build_loop(
         max_model_len = min(max_model_len, (num_blocks - 1) * config.block_size)
     limits = SchedulerLimits(
         max_rows=config.max_rows,
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=config.token_budget(on_cpu=device.torch_device.type == "cpu"),
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -126,7 +126,7 @@ def _measure_activation(
     before = device.peak_bytes(reset=True)
     if not before:
         return 0
-    tokens, columns = config.max_batch_tokens, -(-max_model_len // config.block_size)
+    tokens, columns = config.token_budget(on_cpu=False), -(-max_model_len // config.block_size)
     chunks = [min(max_model_len, tokens - begin) for begin in range(0, tokens, max_model_len)][: config.max_rows]
     plan = dataclasses.replace(
         empty_plan(),

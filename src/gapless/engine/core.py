@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ class Engine:
         active, since = self._active_seconds, self._active_since
         if since is not None:
             active += time.perf_counter() - since
-        return EngineStats(self._loop.scheduler.stats, self._loop.slots.busy_seconds, active)
+        return EngineStats(replace(self._loop.scheduler.stats), self._loop.slots.busy_seconds, active)
 
     def set_lookahead(self, lookahead: int) -> None:
         """Run with fewer steps in flight than the engine was built for, or with all again. Only while idle.

@@ -23,12 +23,18 @@ from gapless.sampling import triton_kernels
 from gapless.sampling.base import SamplingTables, check_logits
 
 _kernels: Any = triton_kernels  # Triton's functions are launched with values where their signatures say constexpr
+MIN_BLOCK = 16
 _LOW_ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 def low_zero_bits(dtype: torch.dtype) -> int:
     """How many low bits of a value of this type are zero once it is widened to fp32."""
     return _LOW_ZERO_BITS[dtype]
+
+
+def block_for(vocab: int, largest: int) -> int:
+    """Elements of a tile: a power of two that makes at least two tiles, since Triton 3.6 can not compile for one."""
+    return min(largest, max(MIN_BLOCK, triton.next_power_of_2(vocab) // 2))
 
 
 class TritonSampler:
@@ -48,7 +54,7 @@ class TritonSampler:
         tokens_E = torch.empty(entries, dtype=torch.int32, device=device)
         if entries == 0:
             return tokens_E
-        block = min(self.block, triton.next_power_of_2(vocab))
+        block = block_for(vocab, self.block)
         tiles = triton.cdiv(vocab, block)
         padded_tiles = triton.next_power_of_2(tiles)
         best_ET = torch.empty(entries, padded_tiles, dtype=torch.float32, device=device)

@@ -1,0 +1,262 @@
+"""AsyncLLM: one asynchronous iterator per request, many at once on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+from typing import Literal, Self, Unpack
+
+from gapless.collector import Collector, Generation, Prepared, dead_engine
+from gapless.config import EngineConfig
+from gapless.engine.core import Engine, EngineFailure, EngineStats
+from gapless.errors import EngineDeadError, InvalidRequestError
+from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.outputs import RequestOutput
+from gapless.prompts import Prompt
+from gapless.request import SamplingParams
+from gapless.scheduler import Committed
+
+OutputKind = Literal["cumulative", "delta", "final"]
+
+
+class AsyncLLM:
+    """A model with its engine for one event loop: the one that runs when generate() is first called.
+
+    async with await AsyncLLM.create("demo") as llm:
+        async for output in llm.generate("The capital of France is"):
+            print(output.outputs[0].text)
+
+    The arguments are those of LLM. The constructor blocks while the model loads; create() does not. All methods but
+    the constructor and close() belong to the loop's thread.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        load: Load = "auto",
+        shape: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        merged = engine_config(config, options)
+        self._start(load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer))
+
+    @classmethod
+    async def create(
+        cls,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        load: Load = "auto",
+        shape: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> Self:
+        """Load in a thread, while the event loop goes on."""
+        merged = engine_config(config, options)
+        return cls.from_loaded(
+            await asyncio.to_thread(load_engine, model, merged, load=load, shape=shape, tokenizer=tokenizer)
+        )
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedEngine) -> Self:
+        """Around an engine that was put together elsewhere, which this AsyncLLM then owns."""
+        llm = cls.__new__(cls)
+        llm._start(loaded)
+        return llm
+
+    def _start(self, loaded: LoadedEngine) -> None:
+        self.loaded = loaded
+        self._engine = loaded.engine
+        self._encoder = loaded.encoder
+        self._desk = _Desk(loaded)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, output_kind: OutputKind = "cumulative"
+    ) -> RequestStream:
+        """Queue one request and return the iterator of its outputs. Chats are prompts too: {"messages": ...}.
+
+        output_kind  "cumulative": every output has all text and token ids so far; "delta": only what is new;
+                     "final": one output, at the end.
+
+        A consumer that is slower than the engine gets fewer and longer outputs. The last output is `finished`.
+        Leaving the iterator (break, aclose(), cancelling the task) cancels the request.
+
+        Raises InvalidRequestError or EngineDeadError with nothing queued. The iterator raises EngineDeadError.
+        """
+        if output_kind not in ("cumulative", "delta", "final"):
+            raise InvalidRequestError(f"output_kind must be cumulative, delta or final, not {output_kind!r}")
+        self._desk.attach(asyncio.get_running_loop())
+        text, token_ids = self._encoder.encode(prompt)
+        prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+        return RequestStream(self._desk, self._desk.submit(prepared), output_kind)
+
+    def stats(self) -> EngineStats:
+        """Counts and times of the engine since it was started."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the engine, waiting for the step in hand. Iterators that still wait raise EngineDeadError."""
+        self._engine.close()
+        self._desk.join()
+
+    async def aclose(self) -> None:
+        """close() without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+
+class RequestStream(AsyncIterator[RequestOutput]):
+    """The outputs of one request, for one task. Left before its end, it cancels the request."""
+
+    def __init__(self, desk: _Desk, generation: Generation, kind: OutputKind) -> None:
+        self._desk = desk
+        self._generation = generation
+        self._kind: OutputKind = kind
+        self._over = False
+
+    @property
+    def request_id(self) -> str:
+        return str(self._generation.request_id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._over:
+            raise StopAsyncIteration
+        generation = self._generation
+        if self._desk.is_waiting(generation.request_id):
+            raise InvalidRequestError("two tasks read from one request's iterator")
+        try:
+            while not self._ready():
+                await self._desk.changed(generation.request_id, at_end=self._kind == "final")
+                if self._over:  # cancelled by another task
+                    raise StopAsyncIteration
+        except BaseException:
+            self.cancel()
+            raise
+        self._over = generation.finish_reason is not None
+        return generation.output(delta=self._kind == "delta")
+
+    def cancel(self) -> None:
+        """Cancel the request, if it has not ended; nothing more comes, and a task that waits for more is released."""
+        self._over = True
+        self._desk.cancel(self._generation.request_id)
+
+    async def aclose(self) -> None:
+        """cancel(), under the name that asynchronous generators have."""
+        self.cancel()
+
+    def __del__(self) -> None:
+        if not self._over:
+            self._desk.abandon(self._generation.request_id)
+
+    def _ready(self) -> bool:
+        generation = self._generation
+        if generation.finish_reason is not None:
+            return True
+        return self._kind != "final" and len(generation.token_ids) > generation.read
+
+
+class _Desk:
+    """Between the engine and the event loop. One thread carries each step's record over, in one call per step; all
+    else happens on the loop, so nothing here needs a lock."""
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self._engine: Engine = loaded.engine
+        self._collector = Collector(loaded.tokenizer)
+        self._waiting: dict[int, tuple[asyncio.Future[None], bool]] = {}
+        self._failure: EngineFailure | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is None:
+            self._loop = loop
+            self._thread = threading.Thread(target=self._carry, args=(loop,), name="gapless-outputs", daemon=True)
+            self._thread.start()
+        elif self._loop is not loop:
+            raise InvalidRequestError("this AsyncLLM belongs to another event loop: make one AsyncLLM for each loop")
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, prepared: Prepared) -> Generation:
+        generation = self._collector.add(prepared)
+        try:
+            self._engine.submit([prepared.request])
+        except EngineDeadError:
+            self._collector.discard(prepared.request_id)
+            raise
+        return generation
+
+    async def changed(self, request_id: int, *, at_end: bool) -> None:
+        """Wait for the request's next tokens, or for its end."""
+        if self._failure is not None:
+            raise dead_engine(self._failure)
+        assert self._loop is not None
+        future = self._loop.create_future()
+        self._waiting[request_id] = (future, at_end)
+        try:
+            await future
+        finally:
+            self._waiting.pop(request_id, None)
+
+    def is_waiting(self, request_id: int) -> bool:
+        return request_id in self._waiting
+
+    def cancel(self, request_id: int) -> None:
+        if self._collector.discard(request_id):
+            self._engine.cancel([request_id])
+            self._wake([request_id])
+
+    def abandon(self, request_id: int) -> None:
+        """cancel() for the garbage collector, which may run in any thread."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.cancel, request_id)
+        else:
+            self._engine.cancel([request_id])
+
+    def _carry(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread's work, until the engine's last record."""
+        last = False
+        while not last:
+            record = self._engine.outputs.get()
+            last = isinstance(record, EngineFailure)
+            try:
+                loop.call_soon_threadsafe(self._deliver, record)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                self._engine.cancel(self._collector.open_ids())
+
+    def _deliver(self, record: Committed | EngineFailure) -> None:
+        if isinstance(record, EngineFailure):
+            self._failure = record
+            self._wake(list(self._waiting))
+        else:
+            self._wake(
+                each.request_id
+                for each in self._collector.take(record)
+                if each.request_id in self._waiting
+                and (each.finish_reason is not None or not self._waiting[each.request_id][1])
+            )
+
+    def _wake(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
+            future, _ = self._waiting.get(request_id, (None, False))
+            if future is not None and not future.done():
+                future.set_result(None)

@@ -1,0 +1,68 @@
+"""A file of requests in, a file of results out, each written as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from gapless.cli.files import ResultWriter
+from gapless.cli.jobs import BadLineError, Line, LineReader, parse_line
+from gapless.cli.setup import warn
+from gapless.collector import Prepared
+from gapless.errors import InvalidRequestError
+from gapless.llm import LLM
+from gapless.outputs import RequestOutput
+from gapless.progress import Progress
+from gapless.request import SamplingParams
+
+
+class BatchRun:
+    """Runs the lines of one input through one model. At most `window` requests are in memory."""
+
+    def __init__(self, llm: LLM, defaults: SamplingParams, writer: ResultWriter, lines: LineReader) -> None:
+        self._llm = llm
+        self._defaults = defaults
+        self._writer = writer
+        self._lines = lines
+        self._open: dict[str, tuple[int, object]] = {}  # request id -> index and id of its line
+        self.errors = 0
+
+    def run(self) -> None:
+        window = max(64, 2 * self._llm.loaded.config.max_rows)
+        with (
+            Progress(None, False if self._writer.on_screen else None) as progress,
+            closing(self._llm.run(self._requests(), window=window, progress=progress)) as outputs,
+        ):
+            for output in outputs:
+                self._book(output)
+
+    def _requests(self) -> Iterator[Prepared | None]:
+        while True:
+            line = self._lines.next(wait=not self._open)
+            if line is None:
+                if self._lines.ended:
+                    return
+                yield None
+            elif (prepared := self._prepare(line)) is not None:
+                yield prepared
+
+    def _prepare(self, line: Line) -> Prepared | None:
+        given_id: object = None
+        try:
+            job, given_id = parse_line(line.data, self._defaults)
+            prepared = self._llm.prepare(job.prompt, job.params)
+        except InvalidRequestError as error:
+            given_id = error.given_id if isinstance(error, BadLineError) else given_id
+            self._refuse(line, given_id, str(error))
+            return None
+        self._open[str(prepared.request_id)] = (line.index, given_id)
+        return prepared
+
+    def _refuse(self, line: Line, given_id: object, reason: str) -> None:
+        self.errors += 1
+        self._writer.error(line.index, given_id, line.number, reason)
+        warn(f"error: line {line.number}: {' '.join(reason.split())}")
+
+    def _book(self, output: RequestOutput) -> None:
+        index, given_id = self._open.pop(output.request_id)
+        self._writer.result(index, given_id, output)

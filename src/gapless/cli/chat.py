@@ -1,0 +1,146 @@
+"""`gapless chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import typer
+
+from gapless.cli import options
+from gapless.cli.setup import load_llm, make_config, warn
+from gapless.errors import ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from gapless.llm import LLM
+    from gapless.request import SamplingParams
+
+_HELP = """/reset  forget the conversation
+/exit   leave (so does Ctrl-D)
+/help   this list
+Ctrl-C stops an answer; at the prompt, twice leaves.
+"""
+
+
+def chat(
+    model: options.Model = "demo",
+    system: options.System = None,
+    load: options.Load = "auto",
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    max_tokens: options.MaxTokens = 512,
+    lookahead: options.Lookahead = 1,
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    block_size: options.BlockSize = 16,
+    graphs: options.Graphs = True,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    config: options.Config = None,
+) -> None:
+    """Talk to a model. Answers stream; /help lists the commands. Also reads turns, one a line, from a pipe."""
+    from gapless.request import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
+    engine = make_config(
+        lookahead=lookahead,
+        max_rows=4,
+        max_batch_tokens=2048,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        num_blocks=None,
+        block_size=block_size,
+        graphs=graphs,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    with load_llm(model, engine, load=load, shape=None, tokenizer=None) as llm:
+        if not llm.loaded.has_chat_template:
+            raise ConfigError(f"{llm.loaded.model_name} has no chat template; gapless generate --raw continues text")
+        Conversation(llm, params, system).run()
+
+
+class Conversation:
+    """The turns so far, and what becomes of the next line."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        self._llm = llm
+        self._params = params
+        self._start = [{"role": "system", "content": system}] if system else []
+        self._turns = list(self._start)
+        self._at_terminal = sys.stdin.isatty()
+
+    def run(self) -> None:
+        """Until /exit, the end of the input, or Ctrl-C twice. Raises typer.Exit with 130 for the last."""
+        if self._at_terminal:
+            self._print(f"{self._llm.loaded.model_name} on {self._llm.loaded.device_name}. /help lists the commands.\n")
+        interrupted = False
+        while True:
+            try:
+                line = self._read()
+            except KeyboardInterrupt:
+                self._print("\n")
+                if interrupted or not self._at_terminal:
+                    raise typer.Exit(130) from None
+                self._print("Ctrl-C again or /exit leaves.\n")
+                interrupted = True
+                continue
+            interrupted = False
+            if line is None or line == "/exit":
+                return
+            self._act(line)
+
+    def _act(self, line: str) -> None:
+        if not line:
+            return
+        if line == "/reset":
+            self._turns = list(self._start)
+            self._print("The conversation starts anew.\n")
+        elif line == "/help":
+            self._print(_HELP)
+        elif line.startswith("/") and line[1:].isalpha():
+            self._print(f"There is no command {line}; /help lists them.\n")
+        else:
+            self._answer(line)
+
+    def _answer(self, text: str) -> None:
+        """Stream an answer and remember both turns; an interrupted one as far as it came."""
+        turns = [*self._turns, {"role": "user", "content": text}]
+        answer: list[str] = []
+        try:
+            with closing(self._llm.stream({"messages": turns}, self._params)) as deltas:
+                for delta in deltas:
+                    answer.append(delta.text)
+                    self._print(delta.text)
+        except KeyboardInterrupt:
+            self._print(" [stopped]")
+            if not self._at_terminal:
+                self._print("\n")
+                raise typer.Exit(130) from None
+        except InvalidRequestError as error:
+            warn(f"error: {error}; /reset starts anew")
+            return
+        self._print("\n")
+        self._turns = [*turns, {"role": "assistant", "content": "".join(answer)}]
+
+    def _read(self) -> str | None:
+        """The next line without its end, None at the end of the input."""
+        if self._at_terminal:
+            try:
+                return input("> ").strip()
+            except EOFError:
+                self._print("\n")
+                return None
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,59 @@
+"""--config FILE: options of a command in YAML, below the command line and the environment, above the defaults."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import cast
+
+import typer
+
+from gapless.errors import ConfigError
+
+MAX_BYTES = 2**20
+
+
+def apply_config_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the running command. Raises ConfigError."""
+    if path is not None:
+        flags = {
+            flag.lstrip("-").replace("-", "_"): option.name
+            for option in context.command.params
+            for flag in option.opts
+            if flag.startswith("--") and flag not in ("--config", "--help")
+        }
+        values = read_config_file(path, set(flags))
+        context.default_map = {flags[name]: value for name, value in values.items()}
+    return path
+
+
+def read_config_file(path: Path, known: set[str]) -> dict[str, object]:
+    """The file's options by their names with underscores, which must be among `known`. Raises ConfigError."""
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"the config file {path} is larger than {MAX_BYTES} bytes")
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the config file {path} can not be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"the config file {path} is not valid YAML{where}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"the config file {path} must hold `name: value` lines")
+    values: dict[str, object] = {}
+    for key, value in cast("dict[object, object]", content).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"the config file {path} has the unknown option {str(key)!r}; {hint}")
+        if value is not None:
+            values[name] = value
+    return values

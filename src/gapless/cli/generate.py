@@ -1,0 +1,109 @@
+"""`gapless generate`: prompts from the command line or from a file of JSON lines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gapless.cli import options
+from gapless.cli.files import STANDARD, check_files, open_lines, open_results
+from gapless.cli.setup import load_llm, make_config, warn
+from gapless.errors import ConfigError
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to continue or answer.")] = None,
+    source: Annotated[str | None, typer.Option("--input", "-i", help="JSON lines with requests; - is stdin.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="JSON lines with results, overwritten; - is stdout (default for --input)."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Put each PROMPT through the model's chat template, or not. Default: yes if the model has one. "
+            "In a file, `messages` goes through it and `prompt` does not.",
+        ),
+    ] = None,
+    model: options.Model = "demo",
+    load: options.Load = "auto",
+    shape: options.Shape = None,
+    tokenizer: options.Tokenizer = None,
+    temperature: options.Temperature = 1.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    max_tokens: options.MaxTokens = 256,
+    stop_token_id: options.StopTokenIds = None,
+    ignore_eos: options.IgnoreEos = False,
+    lookahead: options.Lookahead = 1,
+    max_rows: options.MaxRows = 256,
+    max_batch_tokens: options.MaxBatchTokens = 8192,
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    num_blocks: options.NumBlocks = None,
+    block_size: options.BlockSize = 16,
+    graphs: options.Graphs = True,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    config: options.Config = None,
+) -> None:
+    """Answer prompts: gapless generate "Why is the sky blue?"
+
+    A line of --input has `prompt`, `prompt_token_ids` or `messages`, and may have an `id` and any sampling option:
+    {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+
+    A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. Lines
+    come as they are finished; Ctrl-C keeps them.
+    """
+    if bool(prompts) == (source is not None):
+        raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
+    from gapless.request import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+    )
+    engine = make_config(
+        lookahead=lookahead,
+        max_rows=max_rows,
+        max_batch_tokens=max_batch_tokens,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        graphs=graphs,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    check_files(source, target)
+    failed = 0
+    with load_llm(model, engine, load=load, shape=shape, tokenizer=tokenizer) as llm:
+        from gapless.cli.batch import BatchRun
+        from gapless.cli.prompts import print_answers, to_prompts, write_answers
+
+        if source is not None:
+            with open_lines(source) as lines, open_results(STANDARD if target is None else target) as writer:
+                run = BatchRun(llm, params, writer, lines)
+                try:
+                    run.run()
+                except KeyboardInterrupt:
+                    warn(f"interrupted; {writer.written} lines are written")
+                    raise typer.Exit(130) from None
+                failed = run.errors
+        elif target is not None:
+            with open_results(target) as writer:
+                failed = write_answers(llm, to_prompts(llm, prompts or [], chat), params, writer)
+        else:
+            failed = print_answers(llm, prompts or [], to_prompts(llm, prompts or [], chat), params)
+    raise typer.Exit(1 if failed else 0)

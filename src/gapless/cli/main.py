@@ -1,0 +1,67 @@
+"""The program `gapless`: its commands, and what becomes of errors.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from gapless import __version__
+from gapless.cli import bench, chat, env, generate
+from gapless.cli.setup import warn
+from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
+
+app = typer.Typer(
+    name="gapless",
+    help="LLM inference whose accelerator never waits for its host.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("env")(env.env)
+app.add_typer(bench.app, name="bench")
+
+
+@app.command("demo")
+def demo() -> None:
+    """Answer some forty prompts at once, synchronously and asynchronously, and compare."""
+    from gapless.demo import run_demo
+
+    raise typer.Exit(run_demo())
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"gapless {__version__}\n")
+        raise typer.Exit
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the program and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
+    try:
+        app(args=argv, prog_name="gapless")
+    except GaplessError as error:
+        if os.environ.get("GAPLESS_DEBUG") == "1":
+            raise
+        warn(f"error: {' '.join(str(error).split())}")
+        sys.exit(2 if isinstance(error, (ConfigError, InvalidRequestError, InputFileError)) else 1)
+    except OSError as error:
+        if os.environ.get("GAPLESS_DEBUG") == "1":
+            raise
+        warn(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

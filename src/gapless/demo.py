@@ -1,0 +1,142 @@
+"""The demo: some forty prompts answered at once, synchronously and one step ahead, and what that changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gapless.errors import GaplessError
+
+MAX_TOKENS = 96
+SHOWN = 4
+LOOKAHEADS = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run over all prompts. `busy_share` is the part of the time that the compute stream was computing."""
+
+    lookahead: int
+    texts: list[str]
+    token_ids: list[list[int]]
+    seconds: float
+    busy_share: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / self.seconds
+
+
+def load_prompts() -> list[str]:
+    """The prompts that come with the package."""
+    lines = files("gapless").joinpath("data/demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines if line.strip()]
+
+
+def measure(prompts: list[str], lookahead: int, model: str) -> Measured:
+    """A fresh engine, a short warm-up, then all prompts at once, greedy."""
+    from gapless import LLM, EngineConfig, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    with LLM(model, config=EngineConfig(lookahead=lookahead, max_rows=64, max_batch_tokens=2048)) as llm:
+        llm.chat(chats[:4], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+        before = llm.stats()
+        started = time.perf_counter()
+        outputs = llm.chat(chats, params)
+        seconds = time.perf_counter() - started
+        after = llm.stats()
+    active = after.active_seconds - before.active_seconds
+    return Measured(
+        lookahead=lookahead,
+        texts=[output.outputs[0].text for output in outputs],
+        token_ids=[output.outputs[0].token_ids for output in outputs],
+        seconds=seconds,
+        busy_share=(after.busy_seconds - before.busy_seconds) / active if active else 0.0,
+    )
+
+
+def run_demo(model: str = "demo") -> int:
+    """Run both and print what came of it. Returns the exit status: 1 if the runs gave different tokens."""
+    console = Console(highlight=False)
+    prompts = load_prompts()
+    words = sum(len(prompt.split()) for prompt in prompts)
+    console.print(f"[bold]Gapless[/bold] answers {len(prompts)} prompts ({words} words) at once with {model}.")
+    runs: list[Measured] = []
+    for lookahead in LOOKAHEADS:
+        console.print(f"  lookahead {lookahead} ({'synchronous' if lookahead == 0 else 'one step ahead'}) ...")
+        try:
+            runs.append(measure(prompts, lookahead, model))
+        except GaplessError as error:
+            Console(stderr=True).print(f"gapless: error: {error}", markup=False, highlight=False)
+            return 1
+    _show_answers(console, prompts, runs[-1])
+    return _show_comparison(console, runs)
+
+
+def _show_answers(console: Console, prompts: list[str], run: Measured) -> None:
+    by_size = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for place in [by_size[round(part * (len(by_size) - 1) / (SHOWN - 1))] for part in range(SHOWN)]:
+        prompt = " ".join(prompts[place].split())
+        title = Text(prompt if len(prompt) <= 90 else prompt[:87] + "...", style="bold cyan")
+        body = Text(run.texts[place].strip())
+        if len(run.token_ids[place]) >= MAX_TOKENS:
+            body.append(f" ... [cut at {MAX_TOKENS} tokens]", style="dim")
+        console.print(Panel(body, title=title, title_align="left", width=min(console.width, 100)))
+
+
+def _show_comparison(console: Console, runs: list[Measured]) -> int:
+    table = Table("lookahead", "generated tokens", "seconds", "tokens/s", "compute stream busy")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for run in runs:
+        tokens = sum(map(len, run.token_ids))
+        table.add_row(
+            f"{run.lookahead} ({'synchronous' if run.lookahead == 0 else 'ahead'})",
+            str(tokens),
+            f"{run.seconds:.1f}",
+            f"{run.tokens_per_second:.0f}",
+            f"{run.busy_share:.1%}",
+        )
+    console.print(table)
+    differing = [
+        place for place, pair in enumerate(zip(*(run.token_ids for run in runs), strict=True)) if pair[0] != pair[1]
+    ]
+    if differing:
+        places = ", ".join(map(str, differing))
+        console.print(f"[red]The two runs gave different tokens for {len(differing)} prompts[/red] ({places}).")
+    else:
+        console.print(f"[green]Both runs gave the same tokens for all {len(runs[0].texts)} prompts.[/green]")
+    _show_next_steps(console)
+    return 1 if differing else 0
+
+
+def _show_next_steps(console: Console) -> None:
+    console.print(
+        "\nNext:\n"
+        "  gapless chat                                    talk to the model\n"
+        '  gapless generate "Why is the sky blue?"         one answer\n'
+        "  gapless generate --input in.jsonl --output out.jsonl\n"
+        "  gapless bench --help                            measure this machine\n"
+        "  On a GPU the gap between steps is what lookahead closes: try gapless bench decode there.",
+        markup=False,
+    )
+
+
+def main() -> None:
+    """python -m gapless.demo"""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.exit(run_demo())
+
+
+if __name__ == "__main__":
+    main()

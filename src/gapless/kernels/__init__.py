@@ -1,0 +1,1 @@
+"""Triton kernels, one file each with its launcher; importing any of them imports Triton."""

@@ -1,0 +1,270 @@
+"""LLM: prompts in, text out, in one call or as it comes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import Self, Unpack, cast
+
+from gapless.collector import Collector, Generation, Prepared, dead_engine
+from gapless.config import EngineConfig
+from gapless.engine.core import EngineFailure, EngineStats
+from gapless.errors import InvalidRequestError
+from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.outputs import RequestOutput, TextDelta
+from gapless.progress import Progress
+from gapless.prompts import ChatPrompt, Prompt, is_single
+from gapless.request import SamplingParams
+from gapless.scheduler import Committed
+from gapless.text.messages import Message
+
+_SUBMIT_AT_ONCE = 64
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model with its engine.
+
+    llm = LLM("demo")
+    print(llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text)
+
+    model      local folder, .gguf file, hub id, or "demo" (SmolLM2-135M-Instruct).
+    load       "random" fills the model with random numbers instead of its weights.
+    shape      with load="random": a named shape or a config.json; it brings no tokenizer.
+    tokenizer  a folder with a tokenizer.json to use in place of the model's.
+    config     how the engine runs it; `options` are its fields by name and go over it.
+
+    Threads may share an LLM: calls take turns. An unfinished stream keeps its turn until it is closed. No signal
+    handlers are installed: KeyboardInterrupt cancels what the interrupted call has not finished, and goes on to its
+    caller; the LLM stays usable.
+
+    Raises ConfigError, ModelError, OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "demo",
+        *,
+        load: Load = "auto",
+        shape: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        merged = engine_config(config, options)
+        self._start(load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer))
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedEngine) -> Self:
+        """Around an engine that was put together elsewhere, which this LLM then owns."""
+        llm = cls.__new__(cls)
+        llm._start(loaded)
+        return llm
+
+    def _start(self, loaded: LoadedEngine) -> None:
+        self.loaded = loaded
+        self._engine = loaded.engine
+        self._encoder = loaded.encoder
+        self._turn = threading.Lock()
+        self._turn_of: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ many prompts
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one prompt or many; results are in the order of the prompts.
+
+        prompts          a text, token ids, {"prompt": ...}, {"prompt_token_ids": ...}, {"messages": ...}, or a list
+                         of these.
+        sampling_params  for all, or one for each prompt.
+        use_tqdm         a progress bar on stderr; None: if that is a terminal.
+
+        Raises InvalidRequestError if any request is wrong, with nothing queued; EngineDeadError.
+        """
+        prepared = self._prepare_all(prompts, sampling_params)
+        done: dict[str, RequestOutput] = {}
+        with Progress(len(prepared), use_tqdm) as progress, closing(self.run(prepared, progress=progress)) as outputs:
+            for output in outputs:
+                done[output.request_id] = output
+        return [done[str(each.request_id)] for each in prepared]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, through the model's chat template. Otherwise like generate()."""
+        return self.generate(_conversations(messages), sampling_params, use_tqdm=use_tqdm)
+
+    def generate_iter(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
+    ) -> Generator[tuple[int, RequestOutput]]:
+        """generate() with each result, and the place of its prompt, as soon as it is there.
+
+        Everything is validated before this returns. Leaving the iterator cancels the rest.
+        """
+        return self._generate_iter(self._prepare_all(prompts, sampling_params))
+
+    def _generate_iter(self, prepared: list[Prepared]) -> Generator[tuple[int, RequestOutput]]:
+        places = {str(each.request_id): place for place, each in enumerate(prepared)}
+        with closing(self.run(prepared)) as outputs:
+            for output in outputs:
+                yield places[output.request_id], output
+
+    # ---------------------------------------------------------------- streams
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[TextDelta]:
+        """Text as it comes, of all prompts at once. Leaving the iterator cancels the rest.
+
+        Everything is validated before this returns. Raises InvalidRequestError; on the way EngineDeadError.
+        """
+        return self._stream(self._prepare_all(prompts, sampling_params))
+
+    def _stream(self, prepared: list[Prepared]) -> Generator[TextDelta]:
+        places = {each.request_id: place for place, each in enumerate(prepared)}
+        with closing(self._drive(prepared, None)) as steps:
+            for _, changed in steps:
+                for generation in changed:
+                    text, token_ids = generation.advance()
+                    yield TextDelta(places[generation.request_id], text, token_ids, generation.finish_reason)
+
+    # ------------------------------------------------- for long lists of work
+
+    def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Prepared:
+        """Check one request and give it its id, for run(). Nothing is queued. Raises InvalidRequestError."""
+        text, token_ids = self._encoder.encode(prompt)
+        return Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+
+    def run(
+        self, prepared: Iterable[Prepared | None], *, window: int | None = None, progress: Progress | None = None
+    ) -> Generator[RequestOutput]:
+        """Results as they are finished, of requests from prepare() that are drawn from an iterable as room comes up.
+
+        window  most requests drawn and not finished; None: all at once.
+        A None from `prepared` says that nothing is there yet: it is asked again after the next step of the engine, or
+        at once if nothing is running, so then it should wait.
+        """
+        with closing(self._drive(prepared, window)) as steps:
+            for record, changed in steps:
+                ended = [each for each in changed if each.finish_reason is not None]
+                if progress is not None:
+                    tokens = record.tokens.size
+                    progress.advance(tokens=tokens, running=tokens - len(ended), finished=len(ended))
+                for generation in ended:
+                    yield generation.output()
+
+    def stats(self) -> EngineStats:
+        """Counts and times of the engine since it was started."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the engine; a call that still waits in another thread gets EngineDeadError. May be called again."""
+        self._engine.close()
+
+    # --------------------------------------------------------------- internal
+
+    def _prepare_all(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Prepared]:
+        many: list[Prompt] = [prompts] if is_single(prompts) else list(cast("Sequence[Prompt]", prompts))
+        if params is None or isinstance(params, SamplingParams):
+            each: list[SamplingParams | None] = [params] * len(many)
+        else:
+            each = list(params)
+        if len(each) != len(many):
+            raise InvalidRequestError(f"{len(many)} prompts came with {len(each)} sampling parameters")
+        prepared: list[Prepared] = []
+        for place, (prompt, chosen) in enumerate(zip(many, each, strict=True)):
+            try:
+                prepared.append(self.prepare(prompt, chosen))
+            except InvalidRequestError as error:
+                if len(many) == 1:
+                    raise
+                raise type(error)(f"prompt {place}: {error}") from error
+        return prepared
+
+    def _drive(
+        self, prepared: Iterable[Prepared | None], window: int | None
+    ) -> Generator[tuple[Committed, list[Generation]]]:
+        """Keep up to `window` requests in the engine; give each step's record and the generations it changed."""
+        with self._my_turn():
+            collector = Collector(self.loaded.tokenizer)
+            source = iter(prepared)
+            try:
+                while True:
+                    more = self._refill(source, collector, window)
+                    if not collector and more is None:
+                        return
+                    record = self._next_record(wait=bool(collector) and not more)
+                    if record is not None:
+                        yield record, collector.take(record)
+            finally:
+                self._engine.cancel(collector.open_ids())
+
+    def _refill(self, source: Iterator[Prepared | None], collector: Collector, window: int | None) -> bool | None:
+        """Submit a few. True if there may be more at once, False if not before the next step, None if never."""
+        room = _SUBMIT_AT_ONCE if window is None else min(_SUBMIT_AT_ONCE, window - len(collector))
+        batch: list[Prepared] = []
+        more: bool | None = True
+        while len(batch) < room and more:
+            try:
+                following = next(source)
+            except StopIteration:
+                more = None
+            else:
+                if following is None:
+                    more = False
+                else:
+                    batch.append(following)
+        for each in batch:
+            collector.add(each)
+        if batch:
+            self._engine.submit(each.request for each in batch)
+        return more if room > 0 else False
+
+    def _next_record(self, *, wait: bool) -> Committed | None:
+        try:
+            record = self._engine.outputs.get(block=wait)
+        except queue.Empty:
+            return None
+        if isinstance(record, EngineFailure):
+            self._engine.outputs.put(record)
+            raise dead_engine(record)
+        return record
+
+    @contextmanager
+    def _my_turn(self) -> Generator[None]:
+        """One reader of the engine's outputs at a time."""
+        me = threading.get_ident()
+        if self._turn_of == me and self._turn.locked():
+            raise InvalidRequestError("this thread has an unfinished stream of this LLM: finish it or close() it first")
+        with self._turn:
+            self._turn_of = me
+            try:
+                yield
+            finally:
+                self._turn_of = None
+
+
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
+    if all(isinstance(each, Mapping) for each in messages) and messages:
+        return [ChatPrompt(messages=cast("Sequence[Message]", messages))]
+    return [ChatPrompt(messages=each) for each in cast("Sequence[Sequence[Message]]", messages)]

@@ -1,0 +1,156 @@
+"""From a model's name to a running engine: what LLM, AsyncLLM, the command line and the benchmarks share."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from gapless.attention import make_attention
+from gapless.config import Dtype, EngineConfig, ModelConfig
+from gapless.device import open_device
+from gapless.engine.build import build_engine
+from gapless.engine.core import Engine
+from gapless.errors import ConfigError
+from gapless.models.registry import build_model
+from gapless.prompts import PromptEncoder
+from gapless.sampling import make_sampler
+from gapless.text.chat import ChatTemplate
+from gapless.text.tokenizer import Tokenizer
+from gapless.weights.hf_config import load_shape
+from gapless.weights.random import random_weights
+from gapless.weights.source import DEMO, ModelSource, open_weights, resolve_model
+
+Load = Literal["auto", "random"]
+
+
+class EngineOptions(TypedDict, total=False):
+    """EngineConfig's fields as keyword arguments."""
+
+    lookahead: int
+    max_rows: int
+    max_batch_tokens: int
+    max_model_len: int | None
+    block_size: int
+    kv_cache_bytes: int | None
+    num_blocks: int | None
+    memory_fraction: float
+    graphs: bool
+    graph_buckets: tuple[int, ...] | None
+    dtype: Dtype | None
+    device: str | None
+    attention: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedEngine:
+    """A running engine with what turns text into its token ids and back; neither for a shape without a tokenizer.
+
+    `config` is as it was given, with dtype and device filled in.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    model_name: str
+    device_name: str
+    config: EngineConfig
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.chat_template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_template is not None and self.chat_template.source is not None
+
+
+def engine_config(config: EngineConfig | None, options: EngineOptions) -> EngineConfig:
+    """`config` with `options` put over it. Raises ConfigError for a name that is no option."""
+    known = [field.name for field in dataclasses.fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"unknown engine option {name!r}; {hint}")
+    return dataclasses.replace(config or EngineConfig(), **options)
+
+
+def load_engine(
+    model: str | os.PathLike[str] = DEMO,
+    config: EngineConfig | None = None,
+    *,
+    load: Load = "auto",
+    shape: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> LoadedEngine:
+    """Load a model and start its engine.
+
+    model      local folder, .gguf file, hub id, or "demo".
+    load       "random" fills the model with random numbers instead of its weights.
+    shape      with load="random": a named shape or a config.json; `model` is not looked at.
+    tokenizer  a folder with a tokenizer.json to use in place of the model's.
+
+    Raises ConfigError, ModelError, OutOfMemoryError.
+    """
+    config = config or EngineConfig()
+    source = _find(model, load, shape)
+    device = open_device(config.device)
+    try:
+        dtype_name: Dtype = config.dtype or ("float32" if device.torch_device.type == "cpu" else "bfloat16")
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        built = build_model(
+            source.config,
+            _tensors(source, load, device.torch_device, dtype, config.seed),
+            device=device.torch_device,
+            dtype=dtype,
+            attention=make_attention(config.attention, device.torch_device),
+            max_position=config.max_model_len or source.config.max_position,
+        )
+        words = _open_tokenizer(source, tokenizer)
+        engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype)
+    except BaseException:
+        device.close()
+        raise
+    return LoadedEngine(
+        engine=engine,
+        tokenizer=words,
+        chat_template=ChatTemplate.of(words) if words is not None else None,
+        model_name=source.name,
+        device_name=device.name,
+        config=dataclasses.replace(config, dtype=dtype_name, device=str(device.torch_device)),
+    )
+
+
+def _find(model: str | os.PathLike[str], load: Load, shape: str | os.PathLike[str] | None) -> ModelSource:
+    if load not in ("auto", "random"):
+        raise ConfigError(f"load must be auto or random, not {load!r}")
+    if shape is None:
+        return resolve_model(model)
+    if load != "random":
+        raise ConfigError("a shape has no weights: it goes with load='random'")
+    config: ModelConfig = load_shape(shape)
+    return ModelSource(config=config, name=os.fspath(shape), folder=None)
+
+
+def _tensors(
+    source: ModelSource, load: Load, device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    return random_weights(source.config, device, dtype, seed) if load == "random" else open_weights(source)
+
+
+def _open_tokenizer(source: ModelSource, given: str | os.PathLike[str] | None) -> Tokenizer | None:
+    if given is not None:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"the tokenizer must be a folder with a tokenizer.json; {folder} is none")
+        return Tokenizer.from_folder(folder)
+    return None if source.folder is None else Tokenizer.from_folder(source.folder)

@@ -1,0 +1,200 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k).
+
+Letters: T tokens, E chosen tokens, H hidden size, F MLP width, V vocabulary, M = (N + 2K) * D, P positions;
+N, K, D and the cache's as in attention/base.py. F2 is 2 F, gate then up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gapless.attention.base import AttentionBackend, AttentionBatch, KVSpec, LayerKV
+from gapless.config import ModelConfig
+from gapless.errors import CorruptModelError
+from gapless.models.layers import LayerOps, Linear, make_ops
+from gapless.models.rope import rope_table
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaLayer:
+    input_norm_H: Tensor
+    qkv: Linear  # [M, H]: all query heads, all key heads, all value heads
+    qk_norm_2D: Tensor | None  # row 0 for queries, row 1 for keys
+    output: Linear  # [H, N * D]
+    post_norm_H: Tensor
+    gate_up: Linear  # [F2, H]
+    down: Linear  # [H, F]
+
+    def pack(self) -> LlamaLayer:
+        return replace(
+            self,
+            qkv=self.qkv.pack(),
+            output=self.output.pack(),
+            gate_up=self.gate_up.pack(),
+            down=self.down.pack(),
+        )
+
+
+@dataclass(slots=True)
+class LlamaWeights:
+    embed_VH: Tensor
+    layers: list[LlamaLayer]
+    norm_H: Tensor
+    head: Linear  # [V, H]; the embedding itself where they are tied
+
+    def pack(self) -> None:
+        """In place, so that only one layer exists twice at a time."""
+        for index, layer in enumerate(self.layers):
+            self.layers[index] = layer.pack()
+        self.head = self.head.pack()
+
+
+class LlamaModel:
+    """Implements models/base.py `Model`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        *,
+        attention: AttentionBackend,
+        ops: LayerOps,
+        max_position: int,
+    ) -> None:
+        self.vocab_size = config.vocab_size
+        self.max_position = max_position
+        self.eos_token_ids = config.eos_token_ids
+        self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim)
+        self.weights = weights
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self._rope_PD = rope_table(config.rope, config.head_dim, max_position, weights.embed_VH.device)
+        self._attention = attention
+        self._ops = ops
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: AttentionBackend,
+        max_position: int,
+        ops: LayerOps | None = None,
+    ) -> LlamaModel:
+        """Fill the weights from (Hugging Face name, tensor) pairs in any order, each copied straight to its place.
+
+        Raises CorruptModelError naming a tensor that is missing, unknown, repeated or of a wrong shape.
+        """
+        weights = _allocate(config, device, dtype)
+        _fill(dict(_targets(config, weights)), tensors, tied=config.tie_embeddings)
+        weights.pack()
+        return cls(config, weights, attention=attention, ops=ops or make_ops(device), max_position=max_position)
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        residual_TH = functional.embedding(tokens_T, self.weights.embed_VH)
+        update_TH: Tensor | None = None
+        for layer, layer_kv in zip(self.weights.layers, kv, strict=True):
+            x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.input_norm_H, self._eps)
+            update_TH = self._attend(layer, x_TH, layer_kv, batch)
+            x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.post_norm_H, self._eps)
+            update_TH = layer.down(self._ops.silu_mul(layer.gate_up(x_TH)))
+        return residual_TH if update_TH is None else residual_TH + update_TH
+
+    def _attend(self, layer: LlamaLayer, x_TH: Tensor, kv: LayerKV, batch: AttentionBatch) -> Tensor:
+        qkv_TM = layer.qkv(x_TH)
+        q_TND = self._ops.rope_append(qkv_TM, layer.qk_norm_2D, self._eps, self._rope_PD, kv, batch)
+        return layer.output(self._attention.attend(q_TND, kv, batch, self._scale).flatten(1))
+
+    def logits(self, hidden_EH: Tensor) -> Tensor:
+        return self.weights.head(self._ops.add_rms_norm(None, hidden_EH, self.weights.norm_H, self._eps))
+
+
+def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def linear(outputs: int, inputs: int, bias: bool) -> Linear:
+        return Linear(empty(outputs, inputs), empty(outputs) if bias else None)
+
+    hidden, query_width = config.hidden_size, config.num_heads * config.head_dim
+    qkv_width = query_width + 2 * config.num_kv_heads * config.head_dim
+
+    def layer() -> LlamaLayer:
+        return LlamaLayer(
+            input_norm_H=empty(hidden),
+            qkv=linear(qkv_width, hidden, config.qkv_bias),
+            qk_norm_2D=empty(2, config.head_dim) if config.qk_norm else None,
+            output=linear(hidden, query_width, config.output_bias),
+            post_norm_H=empty(hidden),
+            gate_up=linear(2 * config.intermediate_size, hidden, config.mlp_bias),
+            down=linear(hidden, config.intermediate_size, config.mlp_bias),
+        )
+
+    embed_VH = empty(config.vocab_size, hidden)
+    return LlamaWeights(
+        embed_VH=embed_VH,
+        layers=[layer() for _ in range(config.num_layers)],
+        norm_H=empty(hidden),
+        head=Linear(embed_VH if config.tie_embeddings else empty(config.vocab_size, hidden)),
+    )
+
+
+def _targets(config: ModelConfig, weights: LlamaWeights) -> Iterator[tuple[str, Tensor]]:
+    """The place of each tensor under its Hugging Face name: a whole tensor, or a slice of a fused one."""
+    yield "model.embed_tokens.weight", weights.embed_VH
+    yield "model.norm.weight", weights.norm_H
+    if not config.tie_embeddings:
+        yield "lm_head.weight", weights.head.weight_OI
+    query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        attn, mlp = prefix + "self_attn.", prefix + "mlp."
+        yield prefix + "input_layernorm.weight", layer.input_norm_H
+        yield prefix + "post_attention_layernorm.weight", layer.post_norm_H
+        yield from _split(layer.qkv, {attn + "q_proj": query_width, attn + "k_proj": key_width, attn + "v_proj": -1})
+        yield from _split(layer.output, {attn + "o_proj": -1})
+        yield from _split(layer.gate_up, {mlp + "gate_proj": config.intermediate_size, mlp + "up_proj": -1})
+        yield from _split(layer.down, {mlp + "down_proj": -1})
+        if layer.qk_norm_2D is not None:
+            yield attn + "q_norm.weight", layer.qk_norm_2D[0]
+            yield attn + "k_norm.weight", layer.qk_norm_2D[1]
+
+
+def _split(linear: Linear, widths: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """Cut a fused map along its outputs; a width of -1 takes the rest."""
+    start = 0
+    for name, width in widths.items():
+        stop = linear.weight_OI.shape[0] if width < 0 else start + width
+        yield name + ".weight", linear.weight_OI[start:stop]
+        if linear.bias_O is not None:
+            yield name + ".bias", linear.bias_O[start:stop]
+        start = stop
+
+
+def _fill(targets: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, tied: bool) -> None:
+    missing = set(targets)
+    for name, tensor in tensors:
+        target = targets.get(name)
+        if target is None:
+            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                continue
+            raise CorruptModelError(f"tensor {name!r} does not belong to this architecture as config.json describes it")
+        if tensor.shape != target.shape:
+            raise CorruptModelError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, but config.json calls for {list(target.shape)}"
+            )
+        if name not in missing:
+            raise CorruptModelError(f"tensor {name!r} appears twice")
+        target.copy_(tensor)
+        missing.remove(name)
+    if missing:
+        first = sorted(missing)[:3]
+        raise CorruptModelError(f"{len(missing)} tensors are missing, among them {', '.join(first)}")

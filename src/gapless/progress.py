@@ -1,0 +1,48 @@
+"""A progress bar on stderr: requests done, tokens per second, requests running."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+_REFRESH_SECONDS = 0.2
+
+
+class Progress:
+    """Does nothing unless `show`; None shows it when stderr is a terminal. `total` None: not known."""
+
+    def __init__(self, total: int | None, show: bool | None) -> None:
+        if show is None:
+            show = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit="request", dynamic_ncols=True, file=sys.stderr) if show else None
+        self._tokens = 0
+        self._started = self._shown = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._show(0)
+            self._bar.close()
+
+    def advance(self, *, tokens: int, running: int, finished: int) -> None:
+        """Book one step."""
+        if self._bar is None:
+            return
+        self._tokens += tokens
+        now = time.perf_counter()
+        self._bar.update(finished)
+        if now - self._shown >= _REFRESH_SECONDS:
+            self._shown = now
+            self._show(running)
+
+    def _show(self, running: int) -> None:
+        assert self._bar is not None
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {running} running", refresh=True)

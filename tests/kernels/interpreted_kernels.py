@@ -1,0 +1,145 @@
+"""Run by test_interpreter.py in a process of its own: the Triton kernels, interpreted, against plain torch.
+
+A process of its own because Triton decides on import whether its functions are interpreted; the name of this file
+keeps it out of a plain pytest run.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import pytest
+import torch
+from torch import Tensor
+
+from gapless.attention.base import LayerKV
+from gapless.attention.scenario import make_scenario
+from gapless.attention.torch_reference import TorchAttention
+from gapless.attention.triton_paged import TritonAttention
+from gapless.kernels.ops import TritonOps
+from gapless.kernels.paged_decode import choose_splits, decode_kernel, decode_tiles
+from gapless.models.layers import TorchOps
+
+REFERENCE = TorchAttention()
+MULTIPROCESSORS = 4
+
+
+def test_the_kernels_are_interpreted_here():
+    assert type(decode_kernel).__name__ == "InterpretedFunction"
+
+
+# (query lengths, cached lengths, (heads, key/value heads), head size, block size, padding, max_kv)
+Shape = tuple[list[int], list[int], tuple[int, int], int, int, int, int | None]
+SHAPES: dict[str, Shape] = {
+    "decodes of SmolLM2, split": ([1, 1, 1], [1, 257, 600], (9, 3), 64, 16, 0, 2048),
+    "decodes of SmolLM2, whole": ([1] * 8, [5, 16, 17, 33, 1, 64, 129, 128], (9, 3), 64, 16, 0, None),
+    "decodes with padding": ([1, 1], [70, 3], (8, 2), 32, 16, 3, 512),
+    "decodes with large blocks": ([1, 1], [130, 300], (4, 1), 64, 64, 0, 1024),
+    "decodes with wide heads": ([1, 1], [40, 9], (2, 2), 256, 16, 0, None),
+    "decodes with head size 80": ([1, 1], [300, 19], (3, 1), 80, 32, 0, 1024),
+    "one chunk": ([70], [70], (9, 3), 64, 16, 0, None),
+    "chunks over a prefix": ([5, 33, 2], [90, 133, 64], (4, 1), 32, 16, 0, None),
+    "decodes and chunks of Qwen2": ([1, 1, 19, 40], [129, 2, 19, 104], (14, 2), 64, 16, 0, None),
+    "chunks with wide heads": ([3, 20], [3, 50], (2, 1), 256, 32, 0, None),
+    "decodes and a chunk with tiny heads": ([1, 4], [30, 9], (7, 1), 8, 16, 0, None),
+    "chunks with head size 96": ([9, 30], [65, 30], (8, 8), 96, 16, 0, None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of padding that reads poison
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_equals_the_reference(name: str):
+    queries, lengths, heads, head_dim, block_size, padding, max_kv = SHAPES[name]
+    scenario = make_scenario(
+        queries, lengths, heads=heads, head_dim=head_dim, block_size=block_size, padding=padding, max_kv=max_kv
+    )
+    args = (scenario.q_TND, scenario.kv, scenario.batch, head_dim**-0.5)
+    out_TND = TritonAttention(MULTIPROCESSORS).attend(*args)
+    assert out_TND.is_contiguous()
+    real = len(out_TND) - padding
+    torch.testing.assert_close(out_TND[:real], REFERENCE.attend(*args)[:real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_equals_the_reference_on_random_lengths(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def up_to(high: int, count: int) -> list[int]:
+        return torch.randint(1, high + 1, (count,), generator=generator).tolist()
+
+    queries = [1] * (1 + seed % 3) + [1 + length for length in up_to(40, 2)]
+    lengths = [count + cached for count, cached in zip(queries, up_to(200, len(queries)), strict=True)]
+    kv_heads, group = [(3, 3), (1, 4), (2, 7), (1, 8), (2, 1), (1, 2)][seed]
+    scenario = make_scenario(
+        queries, lengths, heads=(kv_heads * group, kv_heads), head_dim=[64, 32][seed % 2], seed=seed
+    )
+    args = (scenario.q_TND, scenario.kv, scenario.batch, 0.2)
+    torch.testing.assert_close(
+        TritonAttention(MULTIPROCESSORS).attend(*args), REFERENCE.attend(*args), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_attention_in_half_precision_stays_close_to_float32():
+    # float16: the interpreter multiplies bfloat16 matrices as integers
+    scenario = make_scenario([1, 1, 20], [600, 33, 77], heads=(14, 2), head_dim=64, dtype=torch.float16)
+    out_TND = TritonAttention(MULTIPROCESSORS).attend(scenario.q_TND, scenario.kv, scenario.batch, 0.125)
+    kv = LayerKV(scenario.kv.k_BKSD.float(), scenario.kv.v_BKSD.float())
+    exact_TND = REFERENCE.attend(scenario.q_TND.float(), kv, scenario.batch, 0.125)
+    assert (out_TND.float() - exact_TND).norm() < 1e-3 * exact_TND.norm()
+
+
+def test_a_strided_query_gives_the_same_answer():
+    scenario = make_scenario([1, 6], [20, 9], heads=(4, 2), head_dim=32)
+    wide = torch.zeros(len(scenario.q_TND), 6, 32)
+    wide[:, :4] = scenario.q_TND
+    attention = TritonAttention(MULTIPROCESSORS)
+    strided = attention.attend(wide[:, :4], scenario.kv, scenario.batch, 0.2)
+    assert torch.equal(strided, attention.attend(scenario.q_TND, scenario.kv, scenario.batch, 0.2))
+
+
+def test_splits_fill_the_device_but_stay_worth_their_program():
+    tiles = decode_tiles(128, 2, amd=False)
+    assert choose_splits(8, 128, tiles, 132) == 1
+    assert choose_splits(8, 8192, tiles, 132) == 32
+    assert choose_splits(256 * 8, 8192, tiles, 132) == 1
+    assert choose_splits(1, 10**6, tiles, 132) == 64
+
+
+@pytest.mark.parametrize("hidden", [1, 48, 576, 1000])
+@pytest.mark.parametrize("add", [False, True])
+def test_add_rms_norm_equals_torch(hidden: int, add: bool):
+    generator = torch.Generator().manual_seed(hidden)
+    residual_TH, update_TH, weight_H = (
+        torch.randn(*s, generator=generator) for s in ((5, hidden), (5, hidden), (hidden,))
+    )
+    outs = list[tuple[Tensor, Tensor]]()
+    for ops in (TorchOps(), TritonOps()):
+        residual = residual_TH.clone()
+        outs.append((ops.add_rms_norm(update_TH if add else None, residual, weight_H, 1e-5), residual))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 80, 1536])
+def test_silu_mul_equals_torch(width: int):
+    gate_up_TF2 = torch.randn(3, 2 * width, generator=torch.Generator().manual_seed(width)) * 10
+    torch.testing.assert_close(TritonOps().silu_mul(gate_up_TF2), TorchOps().silu_mul(gate_up_TF2))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 1), 20), ((14, 2), 32), ((1, 1), 256)])
+def test_rope_append_equals_torch(heads: tuple[int, int], head_dim: int, norm: bool):
+    scenario = make_scenario([1, 1, 9], [1, 37, 20], heads=heads, head_dim=head_dim, padding=0)
+    num_heads, num_kv_heads = heads
+    generator = torch.Generator().manual_seed(1)
+    qkv_TM = torch.randn(11, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator)
+    qk_norm_2D = torch.randn(2, head_dim, generator=generator) if norm else None
+    rope_PD = torch.randn(40, head_dim, generator=generator)
+    outs = list[list[Tensor]]()
+    for ops in (TorchOps(), TritonOps()):
+        kv = LayerKV(scenario.kv.k_BKSD.clone(), scenario.kv.v_BKSD.clone())
+        q_TND = ops.rope_append(qkv_TM, qk_norm_2D, 1e-5, rope_PD, kv, scenario.batch)
+        assert q_TND.is_contiguous()
+        outs.append([q_TND, kv.k_BKSD, kv.v_BKSD])
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -1,0 +1,113 @@
+"""The compiled kernels on a real device: close to float32 in bfloat16, and right when a captured graph is replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gapless.attention import make_attention
+from gapless.attention.base import LayerKV
+from gapless.attention.scenario import Scenario, make_scenario
+from gapless.attention.torch_reference import TorchAttention
+from gapless.models.layers import TorchOps, make_ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+BOUND = 5e-3  # of the norm; rounding the answer alone to bfloat16 costs 1.7e-3
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return float((out.float() - exact).norm() / exact.norm())
+
+
+def in_float32(scenario: Scenario) -> tuple[Tensor, LayerKV]:
+    return scenario.q_TND.float(), LayerKV(scenario.kv.k_BKSD.float(), scenario.kv.v_BKSD.float())
+
+
+def exact_attention(scenario: Scenario, scale: float) -> Tensor:
+    q_TND, kv = in_float32(scenario)
+    return TorchAttention().attend(q_TND, kv, scenario.batch, scale)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim"),
+    [((9, 3), 64), ((32, 8), 128), ((14, 2), 64), ((4, 4), 256), ((8, 1), 80), ((6, 2), 96)],
+)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_attention_in_bfloat16_stays_close_to_float32(heads: tuple[int, int], head_dim: int, block_size: int):
+    queries, lengths = [1] * 5 + [2, 77, 300], [1, 16, 100, 1500, 4097, 40, 77, 1333]
+    scenario = make_scenario(
+        queries, lengths, heads=heads, head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, device=CUDA
+    )
+    scale = head_dim**-0.5
+    out_TND = make_attention(None, CUDA).attend(scenario.q_TND, scenario.kv, scenario.batch, scale)
+    assert relative_error(out_TND, exact_attention(scenario, scale)) < BOUND
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (4, 1)])
+def test_attention_in_float32_is_exact(heads: tuple[int, int]):
+    scenario = make_scenario([1, 1, 50], [900, 17, 130], heads=heads, head_dim=64, device=CUDA)
+    out_TND = make_attention("triton", CUDA).attend(scenario.q_TND, scenario.kv, scenario.batch, 0.125)
+    torch.testing.assert_close(out_TND, exact_attention(scenario, 0.125), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_kv", [300, 8192])
+def test_a_captured_decode_follows_metadata_that_changes_between_replays(max_kv: int):
+    lengths = [7, 300, 64, 129]
+    scenario = make_scenario(
+        [1] * 4, lengths, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device=CUDA, padding=2, max_kv=max_kv
+    )
+    attention, ops, batch = make_attention(None, CUDA), make_ops(CUDA), scenario.batch
+    attention.attend(scenario.q_TND, scenario.kv, batch, 0.1)  # compiles
+    weight_H = torch.ones(8 * 128, dtype=torch.bfloat16, device=CUDA)
+
+    def run() -> Tensor:
+        out_TND = attention.attend(scenario.q_TND, scenario.kv, batch, 0.1)
+        return ops.add_rms_norm(None, out_TND.flatten(1), weight_H, 0.0)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TH = run()
+    order = torch.tensor([2, 3, 1, 0], device=CUDA)
+    changes: list[tuple[Tensor, Tensor]] = [
+        (batch.rows_E[:4].clone(), batch.kv_len_E[:4].clone()),
+        (batch.rows_E[:4][order], batch.kv_len_E[:4][order]),
+        (batch.rows_E[:4][order], torch.tensor([1, 33, 256, 2], dtype=torch.int32, device=CUDA)),
+    ]
+    for rows_E, kv_len_E in changes:
+        batch.rows_E[:4] = rows_E
+        batch.kv_len_E[:4] = kv_len_E
+        graph.replay()
+        exact = TorchOps().add_rms_norm(None, exact_attention(scenario, 0.1).flatten(1), weight_H, 0.0)
+        assert relative_error(out_TH[:4], exact[:4]) < BOUND
+
+
+def test_the_layer_pieces_in_bfloat16_stay_close_to_float32():
+    ops, exact_ops = make_ops(CUDA), TorchOps()
+    generator = torch.Generator(CUDA).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=CUDA).bfloat16()
+
+    x_TH, residual_TH, weight_H = normal(33, 4096), normal(33, 4096), normal(4096)
+    residual, exact_residual = residual_TH.clone(), residual_TH.float()
+    normed = ops.add_rms_norm(x_TH, residual, weight_H, 1e-5)
+    exact = exact_ops.add_rms_norm(x_TH.float(), exact_residual, weight_H.float(), 1e-5)
+    assert relative_error(normed, exact) < BOUND
+    assert relative_error(residual, exact_residual) < BOUND
+
+    gate_up = normal(33, 2 * 14336)
+    assert relative_error(ops.silu_mul(gate_up), exact_ops.silu_mul(gate_up.float())) < BOUND
+
+    scenario = make_scenario([1, 32], [90, 70], heads=(32, 8), head_dim=128, dtype=torch.bfloat16, device=CUDA)
+    _, exact_kv = in_float32(scenario)
+    qkv_TM, norms_2D = normal(33, 48 * 128), normal(2, 128)
+    rope_PD = torch.randn(100, 128, generator=generator, device=CUDA)
+    q_TND = ops.rope_append(qkv_TM, norms_2D, 1e-5, rope_PD, scenario.kv, scenario.batch)
+    exact_q = exact_ops.rope_append(qkv_TM.float(), norms_2D.float(), 1e-5, rope_PD, exact_kv, scenario.batch)
+    assert relative_error(q_TND, exact_q) < BOUND
+    for ours, theirs in ((scenario.kv.k_BKSD, exact_kv.k_BKSD), (scenario.kv.v_BKSD, exact_kv.v_BKSD)):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < BOUND
