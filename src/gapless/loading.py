@@ -107,13 +107,14 @@ def load_engine(
     try:
         dtype_name: Dtype = config.dtype or ("float32" if device.torch_device.type == "cpu" else "bfloat16")
         dtype: torch.dtype = getattr(torch, dtype_name)
+        limit = source.config.max_position
         built = build_model(
             source.config,
             _tensors(source, load, device.torch_device, dtype, config.seed),
             device=device.torch_device,
             dtype=dtype,
             attention=make_attention(config.attention, device.torch_device),
-            max_position=config.max_model_len or source.config.max_position,
+            max_position=min(config.max_model_len or limit, limit),
         )
         words = _open_tokenizer(source, tokenizer)
         engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype)

@@ -220,11 +220,14 @@ class Scheduler:
         """Take waiting requests while budget, rows and blocks last: (row, tokens) of each, and blocks gained."""
         admitted: list[tuple[int, int]] = []
         gained: list[Ints] = []
+        reserve = -1
         while budget > 0 and self._free_rows and (sequence := self._next_candidate()) is not None:
             # Every running row can still get its next block, or the newcomer would only be preempted again.
-            reserve = self.limits.max_rows - len(self._free_rows) - len(self._draining)
-            if -(-sequence.tokens.size // self.limits.block_size) + reserve > self.pool.num_free:
+            reserve = self._count_growing() if reserve < 0 else reserve
+            needed = self._blocks_for(sequence.tokens.size)
+            if needed + reserve > self.pool.num_free:
                 break
+            reserve += self._blocks_for(sequence.request.max_length - 1) > needed
             self._pop_candidate(sequence)
             self.stats.prompt_tokens += sequence.tokens.size if sequence.tokens is sequence.request.prompt else 0
             row = sequence.row = self._free_rows.pop()
@@ -237,6 +240,15 @@ class Scheduler:
             admitted.append((row, count))
             budget -= count
         return admitted, gained
+
+    def _blocks_for(self, length: int) -> int:
+        return -(-length // self.limits.block_size)
+
+    def _count_growing(self) -> int:
+        """Running rows that will need another block; the last token of a sequence is never fed."""
+        table = self.rows
+        has_room_for = table.num_blocks * self.limits.block_size
+        return int(np.count_nonzero((table.state == RowState.RUNNING) & (table.limit - 1 > has_room_for)))
 
     def _next_candidate(self) -> _Sequence | None:
         """The oldest sequence without a row. None while a preempted one, which would be older, still drains."""
@@ -267,7 +279,7 @@ class Scheduler:
     def _grow_to(self, row: int, length: int) -> Ints:
         """Blocks of one row for its first `length` positions."""
         have = int(self.rows.num_blocks[row])
-        ids = self.pool.allocate(-(-length // self.limits.block_size) - have)
+        ids = self.pool.allocate(self._blocks_for(length) - have)
         columns = np.arange(have, have + ids.size, dtype=np.int32)
         self.rows.block_table[row, columns] = ids
         self.rows.num_blocks[row] = have + ids.size

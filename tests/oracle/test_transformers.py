@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.oracle import NEW_TOKENS, Reference, package_folder, real_prompts
 
 from gapless import LLM, SamplingParams
 from gapless.device import has_cuda
+from support.oracle import NEW_TOKENS, Reference, package_folder, real_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
@@ -18,7 +18,9 @@ def prompts() -> list[list[int]]:
         return real_prompts(llm)
 
 
-def check(device: str, lookahead: int, prompts: list[list[int]], reference: Reference, expected: list[list[int]]) -> str:
+def check(
+    device: str, lookahead: int, prompts: list[list[int]], reference: Reference, expected: list[list[int]]
+) -> str:
     """Run all prompts together and say how they compare."""
     assert len(prompts) >= 64
     with LLM(

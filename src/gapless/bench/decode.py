@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gapless.attention import make_attention
 from gapless.bench.trace import GpuBusy, KernelTrace
@@ -18,12 +20,13 @@ from gapless.engine.build import build_engine
 from gapless.engine.core import Engine, EngineFailure
 from gapless.models.base import Model
 from gapless.models.registry import build_model
-from gapless.request import Request, SamplingParams
+from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 from gapless.weights.random import random_weights
 
-TRACE_BEGIN = 0.4  # of the tokens: the kernel trace starts here
+TRACE_AT = 0.4  # of the new tokens
 TRACE_STEPS = 64
+TRACE_LEAD = 16  # steps before the traced ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,48 +77,49 @@ class DecodeBench:
         self.engine = _build(shape, self.config, self.device)
         self.startup_seconds = time.perf_counter() - begin
 
-    def run(self, lookahead: int, *, traced: bool = False) -> tuple[DecodeRun, GpuBusy | None]:
-        """Generate everything once. A traced run gives no time worth quoting."""
-        self.engine.set_lookahead(lookahead)
-        requests = self._requests()
+    def run(self, lookahead: int) -> DecodeRun:
+        """Generate everything once, timed."""
         before = self.engine.stats()
         begin = time.perf_counter()
-        self.engine.submit(requests)
-        checksum, trace = self._drain(len(requests), traced=traced)
+        checksum = self._generate(lookahead, self.workload)
         seconds = time.perf_counter() - begin
-        after = self.engine.stats()
-        busy = (after.busy_seconds - before.busy_seconds) / seconds
-        return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=checksum), trace
+        busy = (self.engine.stats().busy_seconds - before.busy_seconds) / seconds
+        return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=checksum)
+
+    def trace(self, lookahead: int) -> GpuBusy | None:
+        """A kernel trace of some decode steps at the context that TRACE_AT of the whole run has."""
+        skipped = int(self.workload.new_tokens * TRACE_AT)
+        part = Workload(
+            requests=self.workload.requests,
+            prompt_len=self.workload.prompt_len + skipped,
+            new_tokens=min(self.workload.new_tokens - skipped, TRACE_STEPS + TRACE_LEAD),
+        )
+        with KernelTrace() as trace:
+            self._generate(lookahead, part)
+        return trace.busy(TRACE_STEPS)
 
     def close(self) -> None:
         self.engine.close()
 
-    def _requests(self) -> list[Request]:
+    def _generate(self, lookahead: int, workload: Workload) -> int:
+        """Run a workload to its end; returns a checksum of all its tokens."""
+        self.engine.set_lookahead(lookahead)
         rng = np.random.default_rng(0)
-        params = SamplingParams(temperature=0, max_tokens=self.workload.new_tokens, ignore_eos=True)
-        prompts = rng.integers(0, self.vocab_size, (self.workload.requests, self.workload.prompt_len), dtype=np.int32)
-        return [self.engine.make_request(prompt, params) for prompt in prompts]
-
-    def _drain(self, unfinished: int, *, traced: bool) -> tuple[int, GpuBusy | None]:
-        """Consume outputs until all requests have ended; the trace covers TRACE_STEPS decode steps in the middle."""
-        checksum = steps = 0
-        begin_at = int(self.workload.new_tokens * TRACE_BEGIN)
-        trace: KernelTrace | None = None
-        busy: GpuBusy | None = None
+        params = SamplingParams(temperature=0, max_tokens=workload.new_tokens, ignore_eos=True)
+        prompts = rng.integers(0, self.vocab_size, (workload.requests, workload.prompt_len), dtype=np.int32)
+        self.engine.submit([self.engine.make_request(prompt, params) for prompt in prompts])
+        unfinished = workload.requests
+        request_ids: list[NDArray[np.int64]] = []
+        tokens: list[NDArray[np.int32]] = []
         while unfinished:
             record = self.engine.outputs.get()
             if isinstance(record, EngineFailure):
                 raise record.error
-            steps += 1
-            checksum = (checksum * 31 + int(record.tokens.astype(np.int64).sum())) % (2**61 - 1)
+            request_ids.append(record.request_ids)
+            tokens.append(record.tokens)
             unfinished -= len(record.finished)
-            if traced and trace is None and steps >= begin_at:
-                trace = KernelTrace().__enter__()
-                steps = begin_at
-            elif trace is not None and busy is None and steps >= begin_at + TRACE_STEPS:
-                trace.__exit__(None, None, None)
-                busy = trace.busy()
-        return checksum, busy
+        by_request = np.argsort(np.concatenate(request_ids), kind="stable")
+        return zlib.crc32(np.concatenate(tokens)[by_request].tobytes())
 
 
 def _build(shape: ModelConfig, config: EngineConfig, device: Device) -> Engine:
@@ -140,7 +144,7 @@ def compare(
     runs: dict[int, list[DecodeRun]] = {lookahead: [] for lookahead in lookaheads}
     for _ in range(repeat):
         for lookahead in lookaheads:
-            runs[lookahead].append(bench.run(lookahead)[0])
+            runs[lookahead].append(bench.run(lookahead))
     wants_trace = bench.device.torch_device.type == "cuda" if traced is None else traced
     results: list[DecodeResult] = []
     for lookahead in lookaheads:
@@ -153,7 +157,7 @@ def compare(
                 spread_seconds=max(times) - min(times),
                 tokens_per_second=bench.workload.requests * bench.workload.new_tokens / median,
                 busy_share=statistics.median(run.busy_share for run in runs[lookahead]),
-                trace=bench.run(lookahead, traced=True)[1] if wants_trace else None,
+                trace=bench.trace(lookahead) if wants_trace else None,
                 runs=runs[lookahead],
             )
         )

@@ -82,12 +82,17 @@ def decode(
         bench.close()
     summary = as_json(bench, results)
     print(f"{shape}, {requests} x ({prompt_len} + {new_tokens}), {summary['environment']}", file=sys.stderr)
-    print(f"{'lookahead':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'busy (events)':>14} {'busy (trace)':>13}")
+    print(
+        f"{'lookahead':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'ms/step':>8} {'busy (events)':>14} "
+        f"{'busy (trace)':>13} {'idle between steps':>19}"
+    )
     for result in results:
-        traced = f"{result.trace.kernel_share:.2%}" if result.trace else "-"
+        busy = f"{result.trace.kernel_share:.2%}" if result.trace else "-"
+        idle = f"{result.trace.between_steps:.3%}" if result.trace else "-"
         print(
             f"{result.lookahead:>9} {result.median_seconds:>9.3f} {result.spread_seconds:>7.3f} "
-            f"{result.tokens_per_second:>10.0f} {result.busy_share:>14.2%} {traced:>13}"
+            f"{result.tokens_per_second:>10.0f} {result.median_seconds / new_tokens * 1e3:>8.3f} "
+            f"{result.busy_share:>14.2%} {busy:>13} {idle:>19}"
         )
     if not summary["tokens_equal"]:
         print("the tokens of the runs differ", file=sys.stderr)

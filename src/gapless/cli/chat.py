@@ -31,7 +31,7 @@ def chat(
     top_k: options.TopK = 0,
     top_p: options.TopP = 0.95,
     min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
+    seed: options.Seed = 0,
     max_tokens: options.MaxTokens = 512,
     lookahead: options.Lookahead = 1,
     max_model_len: options.MaxModelLen = None,
@@ -45,9 +45,7 @@ def chat(
     """Talk to a model. Answers stream; /help lists the commands. Also reads turns, one a line, from a pipe."""
     from gapless.request import SamplingParams
 
-    params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
-    )
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens)
     engine = make_config(
         lookahead=lookahead,
         max_rows=4,

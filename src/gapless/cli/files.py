@@ -81,11 +81,9 @@ def open_results(target: str) -> Generator[ResultWriter]:
         yield ResultWriter(file)
 
 
-@contextlib.contextmanager
-def open_lines(source: str) -> Generator[LineReader]:
+def open_lines(source: str) -> LineReader:
     """The input file, or stdin through a descriptor of our own: a thread may hang in it when the program ends."""
-    file = os.fdopen(os.dup(0), "rb") if source == STANDARD else Path(source).open("rb")  # noqa: SIM115
-    yield LineReader(file)
+    return LineReader(os.fdopen(os.dup(0), "rb") if source == STANDARD else Path(source).open("rb"))
 
 
 def _head(index: int, given_id: object) -> dict[str, object]:

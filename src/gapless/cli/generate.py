@@ -35,7 +35,7 @@ def generate(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
-    seed: options.Seed = None,
+    seed: options.Seed = 0,
     max_tokens: options.MaxTokens = 256,
     stop_token_id: options.StopTokenIds = None,
     ignore_eos: options.IgnoreEos = False,
@@ -68,7 +68,6 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        seed=seed,
         max_tokens=max_tokens,
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
@@ -93,8 +92,8 @@ def generate(
         from gapless.cli.prompts import print_answers, to_prompts, write_answers
 
         if source is not None:
-            with open_lines(source) as lines, open_results(STANDARD if target is None else target) as writer:
-                run = BatchRun(llm, params, writer, lines)
+            with open_results(STANDARD if target is None else target) as writer:
+                run = BatchRun(llm, params, writer, open_lines(source))
                 try:
                     run.run()
                 except KeyboardInterrupt:

@@ -81,7 +81,7 @@ class BadLineError(InvalidRequestError):
 
 
 class LineReader:
-    """Reads lines in a thread, a little ahead, so that a slow pipe holds up no answers."""
+    """Reads lines in a thread, a little ahead, so that a slow pipe holds up no answers. Closes the stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -108,8 +108,9 @@ class LineReader:
 
     def _read(self) -> None:
         try:
-            for line in _lines_of(self._stream):
-                self._lines.put(line)
+            with self._stream:
+                for line in _lines_of(self._stream):
+                    self._lines.put(line)
             self._lines.put(None)
         except OSError as error:
             self._lines.put(error)

@@ -63,7 +63,7 @@ Temperature = Annotated[float, _option("--temperature -t", "0 always takes the l
 TopK = Annotated[int, _option("--top-k", "Keep the K likeliest tokens; 0 keeps all.", _SAMPLING)]
 TopP = Annotated[float, _option("--top-p", "Keep the likeliest tokens that make up this probability.", _SAMPLING)]
 MinP = Annotated[float, _option("--min-p", "Drop tokens less likely than this share of the likeliest.", _SAMPLING)]
-Seed = Annotated[int | None, _option("--seed", "Makes random answers repeatable.", _SAMPLING)]
+Seed = Annotated[int, _option("--seed", "The same number gives the same answers; another gives others.", _SAMPLING)]
 MaxTokens = Annotated[int, _option("--max-tokens -n", "The most new tokens per answer.", _SAMPLING)]
 StopTokenIds = Annotated[
     list[int] | None, _option("--stop-token-id", "Also stop at this token id. May be repeated.", _SAMPLING)

@@ -24,7 +24,7 @@ def make_config(
     graphs: bool,
     dtype: str | None,
     device: str | None,
-    seed: int | None,
+    seed: int,
 ) -> EngineConfig:
     """Raises ConfigError."""
     return EngineConfig(
@@ -38,7 +38,7 @@ def make_config(
         graphs=graphs,
         dtype=cast("Dtype | None", dtype),
         device=device,
-        seed=seed or 0,
+        seed=seed,
     )
 
 

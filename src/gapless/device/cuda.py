@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -73,8 +74,15 @@ class CudaDevice:
         assert isinstance(stream, CudaStream)
         graph = torch.cuda.CUDAGraph()
         stream.raw.synchronize()
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream.raw):
-            work()
+        # A garbage collection in mid-capture may free an older engine's graphs, which CUDA does not permit then.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream.raw, capture_error_mode="thread_local"):
+                work()
+        finally:
+            if collecting:
+                gc.enable()
         return graph
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:

@@ -44,3 +44,7 @@ class GraphTable:
             shape = StepShape.decode(bucket)
             for slot in slots:
                 self._graphs[shape, slot.index] = capture(slot, shape)
+
+    def clear(self) -> None:
+        """Give the graphs and their memory back."""
+        self._graphs.clear()

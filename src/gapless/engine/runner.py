@@ -103,8 +103,9 @@ class Runner:
         self._d2h.record(slot.d2h_done)
 
     def close(self) -> None:
-        """Let queued work end, then end the streams."""
+        """Let queued work end, then end the streams and free the graphs."""
         self._device.close()
+        self.graphs.clear()
 
     @torch.inference_mode()
     def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
