@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapless.attention.base import KVSpec, LayerKV
 from gapless.attention.scenario import Scenario, batch_of, make_scenario, shuffled_block_table
-from gapless.attention.torch_reference import QUERY_TILE, TorchAttention
+from gapless.attention.torch_reference import TorchAttention
 
 CPU = torch.device("cpu")
 
@@ -53,9 +53,15 @@ def test_it_agrees_with_dense_attention_for_any_mix_of_entries(scenario: Scenari
     torch.testing.assert_close(out_TND.double(), dense_attention(scenario, 0.3), rtol=1e-5, atol=1e-5)
 
 
-def test_a_chunk_longer_than_a_query_tile_agrees():
-    queries = QUERY_TILE + 3
-    scenario = make_scenario([queries], [queries + 5], heads=(2, 1), head_dim=4)
+def test_a_long_chunk_after_a_short_context_agrees():
+    scenario = make_scenario([515], [520], heads=(2, 1), head_dim=4)
+    out_TND = TorchAttention().attend(scenario.q_TND, scenario.kv, scenario.batch, scale=0.5)
+    torch.testing.assert_close(out_TND.double(), dense_attention(scenario, 0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_decodes_of_very_different_lengths_keep_their_places():
+    lengths = [3, 400, 1, 90, 16, 17, 250, 64]
+    scenario = make_scenario([1] * len(lengths), lengths, heads=(4, 2), head_dim=8)
     out_TND = TorchAttention().attend(scenario.q_TND, scenario.kv, scenario.batch, scale=0.5)
     torch.testing.assert_close(out_TND.double(), dense_attention(scenario, 0.5), rtol=1e-5, atol=1e-5)
 

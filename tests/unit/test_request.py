@@ -59,7 +59,7 @@ def test_a_parameter_out_of_range_is_refused_by_name(bad: dict[str, Any]):
 
 def test_an_unknown_parameter_is_an_error():
     with pytest.raises(TypeError, match="temprature"):
-        SamplingParams(temprature=0.5)
+        SamplingParams(temprature=0.5)  # pyright: ignore[reportCallIssue]
 
 
 def admission(max_model_len: int = 32, num_blocks: int = 5) -> Admission:

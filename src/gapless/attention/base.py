@@ -79,12 +79,26 @@ class KVSpec:
         return [LayerKV(layer[0], layer[1]) for layer in whole.unbind(0)]
 
 
+def cache_lines(kv: LayerKV, batch: AttentionBatch) -> Tensor:
+    """int64[T * K]: for each token and head, its line of the cache seen as [B * K * S, D]. Equal in every layer."""
+    num_heads, block_size = kv.k_BKSD.shape[1], kv.block_size
+    columns_T, offsets_T = batch.positions_T // block_size, batch.positions_T % block_size
+    blocks_T = batch.block_table_RC[batch.token_rows_T, columns_T].long()
+    heads_K = torch.arange(num_heads, device=blocks_T.device)
+    return ((blocks_T.unsqueeze(1) * num_heads + heads_K) * block_size + offsets_T.unsqueeze(1)).flatten()
+
+
+def write_lines(values_TKD: Tensor, cache_BKSD: Tensor, lines: Tensor) -> None:
+    """Write each token's heads to their lines, from cache_lines."""
+    head_dim = cache_BKSD.shape[3]
+    cache_BKSD.view(-1, head_dim).index_copy_(0, lines, values_TKD.reshape(-1, head_dim))
+
+
 def append_kv(k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
     """Write each token's key and value to its place in the cache: `AttentionBackend.append` in plain torch."""
-    columns_T, offsets_T = batch.positions_T // kv.block_size, batch.positions_T % kv.block_size
-    blocks_T = batch.block_table_RC[batch.token_rows_T, columns_T]
-    kv.k_BKSD[blocks_T, :, offsets_T] = k_TKD
-    kv.v_BKSD[blocks_T, :, offsets_T] = v_TKD
+    lines = cache_lines(kv, batch)
+    write_lines(k_TKD, kv.k_BKSD, lines)
+    write_lines(v_TKD, kv.v_BKSD, lines)
 
 
 class AttentionBackend(Protocol):

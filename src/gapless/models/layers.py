@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gapless.attention.base import AttentionBatch, LayerKV, append_kv
+from gapless.attention.base import AttentionBatch, LayerKV, cache_lines, write_lines
 from gapless.models.rope import rotate
 
 PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; other sizes run about as fast
@@ -64,8 +64,20 @@ class LayerOps(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _StepConstants:
+    """What all layers of a step share."""
+
+    batch: AttentionBatch
+    rope_TD: Tensor
+    lines: Tensor
+
+
 class TorchOps:
     """Plain torch, for any device; defines the answer."""
+
+    def __init__(self) -> None:
+        self._constants: _StepConstants | None = None
 
     def add_rms_norm(self, update_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         if update_TH is not None:
@@ -85,9 +97,16 @@ class TorchOps:
                 (_rms_norm(q_TND, qk_norm_2D[0], eps), _rms_norm(k_TKD, qk_norm_2D[1], eps)),
                 dim=1,
             )
-        qk_TXD = rotate(qk_TXD, rope_PD.index_select(0, batch.positions_T))
-        append_kv(qk_TXD[:, num_heads:], v_TKD, kv, batch)
+        step = self._constants_of(batch, rope_PD, kv)
+        qk_TXD = rotate(qk_TXD, step.rope_TD)
+        write_lines(qk_TXD[:, num_heads:], kv.k_BKSD, step.lines)
+        write_lines(v_TKD, kv.v_BKSD, step.lines)
         return qk_TXD[:, :num_heads].contiguous()
+
+    def _constants_of(self, batch: AttentionBatch, rope_PD: Tensor, kv: LayerKV) -> _StepConstants:
+        if self._constants is None or self._constants.batch is not batch:
+            self._constants = _StepConstants(batch, rope_PD.index_select(0, batch.positions_T), cache_lines(kv, batch))
+        return self._constants
 
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
         gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
@@ -95,9 +114,7 @@ class TorchOps:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.float()).to(x.dtype)
+    return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def make_ops(device: torch.device) -> LayerOps:

@@ -83,6 +83,10 @@ def rotate(x_TXD: Tensor, rope_TD: Tensor) -> Tensor:
     Computed in float32 and returned in x's dtype.
     """
     cos_TD, sin_TD = rope_TD.unsqueeze(1).chunk(2, dim=-1)
-    first, second = x_TXD.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos_TD - second * sin_TD, second * cos_TD + first * sin_TD), dim=-1)
-    return rotated.to(x_TXD.dtype)
+    x32_TXD = x_TXD.float()
+    first, second = x32_TXD.chunk(2, dim=-1)
+    rotated_TXD = torch.empty_like(x32_TXD)
+    to_first, to_second = rotated_TXD.chunk(2, dim=-1)
+    torch.addcmul(first * cos_TD, second, sin_TD, value=-1, out=to_first)
+    torch.addcmul(second * cos_TD, first, sin_TD, out=to_second)
+    return rotated_TXD.to(x_TXD.dtype)
