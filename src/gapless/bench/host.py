@@ -7,12 +7,12 @@ sys.getallocatedblocks, which counts growth and not churn.
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,18 +22,18 @@ from gapless.device.null import NullDevice
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.engine.loop import Loop
+from gapless.errors import InternalError
 from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 
 WARM_UP_STEPS = 50
-MAX_POSITION = 131072
 
 
 class NullModel:
     """Nothing to compute; never called, since the null device drops its work."""
 
     vocab_size = 32000
-    max_position = MAX_POSITION
+    max_position = 2**20
     eos_token_ids: tuple[int, ...] = ()
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
 
@@ -62,7 +62,7 @@ def measure(batch: int, context: int, queue: int, *, steps: int = 500, lookahead
     loop = _steady_loop(batch, context, queue, steps + WARM_UP_STEPS, lookahead)
     for _ in range(WARM_UP_STEPS):
         loop.step()
-    times: list[float] = [0.0] * steps
+    times = np.zeros(steps)
     gc.collect()
     gc.disable()
     try:
@@ -74,27 +74,27 @@ def measure(batch: int, context: int, queue: int, *, steps: int = 500, lookahead
         grown = sys.getallocatedblocks() - held
     finally:
         gc.enable()
-    times.sort()
     return HostRow(
         batch=batch,
         context=context,
         queue=queue,
         lookahead=lookahead,
-        us_per_step=round(statistics.median(times) * 1e6, 1),
-        us_p99=round(times[int(0.99 * (steps - 1))] * 1e6, 1),
+        us_per_step=round(float(np.median(times)) * 1e6, 1),
+        us_p99=round(float(np.quantile(times, 0.99)) * 1e6, 1),
         allocations_per_step=round(grown / steps, 2),
     )
 
 
 def _steady_loop(batch: int, context: int, queue: int, steps: int, lookahead: int) -> Loop:
     """A loop whose rows all decode, with `queue` requests that find no row."""
-    length = context + steps + 8
-    block_size = 16
+    block_size, budget = 16, max(8192, batch)
+    new_tokens = steps + -(-batch * context // budget) + lookahead + 8  # the first rows decode while others prefill
+    length = context + new_tokens
     config = EngineConfig(
         lookahead=lookahead,
         max_rows=batch,
-        max_batch_tokens=max(8192, batch),
-        max_model_len=min(MAX_POSITION, length + steps),
+        max_batch_tokens=budget,
+        max_model_len=length,
         block_size=block_size,
         num_blocks=batch * (-(-length // block_size) + 1),
         device="cpu",
@@ -102,13 +102,15 @@ def _steady_loop(batch: int, context: int, queue: int, steps: int, lookahead: in
     model, device = NullModel(), NullDevice()
     loop, limits = build_loop(model, config, device, make_sampler(torch.device("cpu")), torch.float32)
     admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
-    params = SamplingParams(temperature=0, max_tokens=steps + 4)
+    params = SamplingParams(temperature=0, max_tokens=new_tokens)
     for index in range(batch + queue):
         loop.scheduler.add(
             admission.make_request([index % model.vocab_size] * (context if index < batch else 4), params)
         )
     while loop.scheduler.num_prefilling or loop.scheduler.num_running < batch:
         loop.step()
+    if loop.scheduler.num_waiting != queue:
+        raise InternalError("the rows did not all run at once")
     return loop
 
 
