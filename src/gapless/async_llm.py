@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Literal, Self, Unpack
@@ -75,6 +76,7 @@ class AsyncLLM:
         self._engine = loaded.engine
         self._encoder = loaded.encoder
         self._desk = _Desk(loaded)
+        weakref.finalize(self, loaded.engine.close)  # when it is dropped, or the interpreter ends
 
     async def __aenter__(self) -> Self:
         return self

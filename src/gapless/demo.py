@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gapless.errors import GaplessError
 
-MAX_TOKENS = 96
+MAX_TOKENS = 96  # of each answer, unless asked otherwise
 SHOWN = 4
 LOOKAHEADS = (0, 1)
 
@@ -42,13 +42,13 @@ def load_prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in lines if line.strip()]
 
 
-def measure(prompts: list[str], lookahead: int, model: str) -> Measured:
+def measure(prompts: list[str], lookahead: int, model: str, max_tokens: int) -> Measured:
     """A fresh engine, a short warm-up, then all prompts at once, greedy."""
     from gapless import LLM, EngineConfig, SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    with LLM(model, config=EngineConfig(lookahead=lookahead, max_rows=64, max_batch_tokens=2048)) as llm:
+    with LLM(model, config=EngineConfig(lookahead=lookahead, max_rows=64)) as llm:
         llm.chat(chats[:4], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
         before = llm.stats()
         started = time.perf_counter()
@@ -65,32 +65,35 @@ def measure(prompts: list[str], lookahead: int, model: str) -> Measured:
     )
 
 
-def run_demo(model: str = "demo") -> int:
-    """Run both and print what came of it. Returns the exit status: 1 if the runs gave different tokens."""
+def run_demo(model: str = "demo", count: int | None = None, max_tokens: int = MAX_TOKENS) -> int:
+    """Run both and print what came of it. Returns the exit status: 1 if the runs gave different tokens.
+
+    count  answer only this many of the prompts.
+    """
     console = Console(highlight=False)
-    prompts = load_prompts()
+    prompts = load_prompts()[:count]
     words = sum(len(prompt.split()) for prompt in prompts)
     console.print(f"[bold]Gapless[/bold] answers {len(prompts)} prompts ({words} words) at once with {model}.")
     runs: list[Measured] = []
     for lookahead in LOOKAHEADS:
         console.print(f"  lookahead {lookahead} ({'synchronous' if lookahead == 0 else 'one step ahead'}) ...")
         try:
-            runs.append(measure(prompts, lookahead, model))
+            runs.append(measure(prompts, lookahead, model, max_tokens))
         except GaplessError as error:
             Console(stderr=True).print(f"gapless: error: {error}", markup=False, highlight=False)
             return 1
-    _show_answers(console, prompts, runs[-1])
+    _show_answers(console, prompts, runs[-1], max_tokens)
     return _show_comparison(console, runs)
 
 
-def _show_answers(console: Console, prompts: list[str], run: Measured) -> None:
+def _show_answers(console: Console, prompts: list[str], run: Measured, max_tokens: int) -> None:
     by_size = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for place in [by_size[round(part * (len(by_size) - 1) / (SHOWN - 1))] for part in range(SHOWN)]:
+    for place in dict.fromkeys(by_size[round(part * (len(by_size) - 1) / (SHOWN - 1))] for part in range(SHOWN)):
         prompt = " ".join(prompts[place].split())
         title = Text(prompt if len(prompt) <= 90 else prompt[:87] + "...", style="bold cyan")
         body = Text(run.texts[place].strip())
-        if len(run.token_ids[place]) >= MAX_TOKENS:
-            body.append(f" ... [cut at {MAX_TOKENS} tokens]", style="dim")
+        if len(run.token_ids[place]) >= max_tokens:
+            body.append(f" ... [cut at {max_tokens} tokens]", style="dim")
         console.print(Panel(body, title=title, title_align="left", width=min(console.width, 100)))
 
 

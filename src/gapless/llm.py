@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import TracebackType
@@ -70,6 +71,7 @@ class LLM:
         self.loaded = loaded
         self._engine = loaded.engine
         self._encoder = loaded.encoder
+        weakref.finalize(self, loaded.engine.close)  # when it is dropped, or the interpreter ends
         self._turn = threading.Lock()
         self._turn_of: int | None = None
 

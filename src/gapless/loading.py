@@ -18,7 +18,7 @@ from gapless.config import Dtype, EngineConfig, ModelConfig
 from gapless.device import open_device
 from gapless.engine.build import build_engine
 from gapless.engine.core import Engine
-from gapless.errors import ConfigError
+from gapless.errors import ConfigError, OutOfMemoryError
 from gapless.models.registry import build_model
 from gapless.prompts import PromptEncoder
 from gapless.sampling import make_sampler
@@ -36,7 +36,7 @@ class EngineOptions(TypedDict, total=False):
 
     lookahead: int
     max_rows: int
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     max_model_len: int | None
     block_size: int
     kv_cache_bytes: int | None
@@ -118,8 +118,10 @@ def load_engine(
         )
         words = _open_tokenizer(source, tokenizer)
         engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype)
-    except BaseException:
+    except BaseException as error:
         device.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemoryError(f"{source.name} does not fit on {device.name}: {error}") from error
         raise
     return LoadedEngine(
         engine=engine,

@@ -49,7 +49,7 @@ def chat(
     engine = make_config(
         lookahead=lookahead,
         max_rows=4,
-        max_batch_tokens=2048,
+        max_batch_tokens=None,
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
         num_blocks=None,

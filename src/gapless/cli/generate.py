@@ -41,7 +41,7 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     lookahead: options.Lookahead = 1,
     max_rows: options.MaxRows = 256,
-    max_batch_tokens: options.MaxBatchTokens = 8192,
+    max_batch_tokens: options.MaxBatchTokens = None,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory: options.KVCacheMemory = None,
     num_blocks: options.NumBlocks = None,

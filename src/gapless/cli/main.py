@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gapless import __version__
-from gapless.cli import bench, chat, env, generate
+from gapless.cli import bench, chat, env, generate, options
 from gapless.cli.setup import warn
 from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
 
@@ -31,11 +31,15 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.command("demo")
-def demo() -> None:
-    """Answer some forty prompts at once, synchronously and asynchronously, and compare."""
+def demo(
+    model: options.Model = "demo",
+    prompts: Annotated[int | None, typer.Option(min=1, help="Answer only this many of the 45 prompts.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 96,
+) -> None:
+    """Answer 45 prompts at once, synchronously and one step ahead, and compare."""
     from gapless.demo import run_demo
 
-    raise typer.Exit(run_demo())
+    raise typer.Exit(run_demo(model, prompts, max_tokens))
 
 
 def _show_version(asked: bool) -> None:

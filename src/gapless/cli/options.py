@@ -74,7 +74,9 @@ Lookahead = Annotated[
     int, _option("--lookahead", "Steps launched before the oldest is read; 0 is the synchronous engine.", _ENGINE)
 ]
 MaxRows = Annotated[int, _option("--max-rows", "The most requests that run at once.", _ENGINE)]
-MaxBatchTokens = Annotated[int, _size("--max-batch-tokens", "The most tokens in one step.", _ENGINE)]
+MaxBatchTokens = Annotated[
+    int | None, _size("--max-batch-tokens", "The most tokens in one step; 8192 on a GPU, 256 on a CPU.", _ENGINE)
+]
 MaxModelLen = Annotated[int | None, _size("--max-model-len", "Context limit in tokens.", _ENGINE)]
 KVCacheMemory = Annotated[int | None, _size("--kv-cache-memory", "Bytes for the KV cache.", _ENGINE)]
 NumBlocks = Annotated[int | None, _size("--num-blocks", "KV blocks, instead of --kv-cache-memory.", _ENGINE)]

@@ -16,7 +16,7 @@ def make_config(
     *,
     lookahead: int,
     max_rows: int,
-    max_batch_tokens: int,
+    max_batch_tokens: int | None,
     max_model_len: int | None,
     kv_cache_memory: int | None,
     num_blocks: int | None,

@@ -79,7 +79,7 @@ class Device(Protocol):
         ...
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:
-        """Enqueue `work` and wait for it. Start-up only: never inside the loop."""
+        """Wait for all that was queued on any stream, then enqueue `work` and wait for it. Start-up only."""
         ...
 
     def memory(self) -> tuple[int, int]:

@@ -73,7 +73,7 @@ class CudaDevice:
     def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
         assert isinstance(stream, CudaStream)
         graph = torch.cuda.CUDAGraph()
-        stream.raw.synchronize()
+        torch.cuda.synchronize(self.torch_device)
         # A garbage collection in mid-capture may free an older engine's graphs, which CUDA does not permit then.
         collecting = gc.isenabled()
         gc.disable()
@@ -87,6 +87,7 @@ class CudaDevice:
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:
         assert isinstance(stream, CudaStream)
+        torch.cuda.synchronize(self.torch_device)
         stream.enqueue(work)
         stream.raw.synchronize()
 

@@ -55,6 +55,7 @@ def build_loop(
     runner, slots = _build_runner(model, config, device, sampler, kv, limits)
     if config.graphs and device.captures_graphs:
         runner.graphs.capture(slots.slots, _capturer(runner, device, limits))
+    device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
 
 
