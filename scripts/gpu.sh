@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU. CI has none, so a person runs this: scripts/gpu.sh [tests] [kernels] [bench]
+# Everything that needs a GPU. CI has none, so a person runs this: scripts/gpu.sh [tests] [kernels] [bench] [headline]
 # Needs torch >= 2.11 with CUDA, triton and pytest in the `python3` on PATH. Results go to $OUT (default: gpu-results).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,11 +25,22 @@ for part in $parts; do
       run python3 scripts/gpu_kernels.py
       ;;
     bench)
+      section "$(nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,driver_version --format=csv,noheader) commit $(git rev-parse --short HEAD 2>/dev/null)"
+      section "host time per step on a device that does nothing"
+      run python3 -m gapless bench host --context 64 --context 8192 --json
       section "decode on random weights, lookahead 0 and 1"
-      run python3 -m gapless bench decode --shape smollm2-135m --requests 32 --prompt-len 64 --new-tokens 512 --json
-      run python3 -m gapless bench decode --shape llama-8b --requests 32 --prompt-len 64 --new-tokens 1024 --json
+      for work in "smollm2-135m 32 512" "smollm2-135m 256 512" "llama-1b 128 256" "llama-8b 32 1024"; do
+        read -r shape requests new_tokens <<<"$work"
+        run python3 -m gapless bench decode --shape "$shape" --requests "$requests" --prompt-len 64 \
+          --new-tokens "$new_tokens" --json
+      done
       ;;
-    *) echo "unknown part $part: tests, kernels or bench" >&2; exit 2 ;;
+    headline)
+      section "the headline: one run each, four minutes"
+      run python3 -m gapless bench decode --shape llama-8b --requests 32 --prompt-len 64 --new-tokens 8128 \
+        --repeat 1 --no-warm-up --no-trace --json
+      ;;
+    *) echo "unknown part $part: tests, kernels, bench or headline" >&2; exit 2 ;;
   esac
 done
 exit $status
