@@ -76,7 +76,7 @@ class AsyncLLM:
         self._engine = loaded.engine
         self._encoder = loaded.encoder
         self._desk = _Desk(loaded)
-        weakref.finalize(self, loaded.engine.close)  # when it is dropped, or the interpreter ends
+        weakref.finalize(self, loaded.engine.request_stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,7 +104,7 @@ class AsyncLLM:
         self._desk.attach(asyncio.get_running_loop())
         text, token_ids = self._encoder.encode(prompt)
         prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
-        return RequestStream(self._desk, self._desk.submit(prepared), output_kind)
+        return RequestStream(self, self._desk, self._desk.submit(prepared), output_kind)
 
     def stats(self) -> EngineStats:
         """Counts and times of the engine since it was started."""
@@ -123,7 +123,8 @@ class AsyncLLM:
 class RequestStream(AsyncIterator[RequestOutput]):
     """The outputs of one request, for one task. Left before its end, it cancels the request."""
 
-    def __init__(self, desk: _Desk, generation: Generation, kind: OutputKind) -> None:
+    def __init__(self, owner: AsyncLLM, desk: _Desk, generation: Generation, kind: OutputKind) -> None:
+        self._owner = owner  # which ends its engine when it is dropped
         self._desk = desk
         self._generation = generation
         self._kind: OutputKind = kind
@@ -246,8 +247,17 @@ class _Desk:
                 self._engine.cancel(self._collector.open_ids())
 
     def _deliver(self, record: Committed | EngineFailure) -> None:
+        try:
+            self._book(record)
+        except Exception as error:  # noqa: BLE001 - a record that does not fit ends the engine, and everybody is told
+            self._engine.request_stop()
+            failure = EngineDeadError(f"the engine's output makes no sense: {error}")
+            failure.__cause__ = error
+            self._book(EngineFailure(failure))
+
+    def _book(self, record: Committed | EngineFailure) -> None:
         if isinstance(record, EngineFailure):
-            self._failure = record
+            self._failure = self._failure or record
             self._wake(list(self._waiting))
         else:
             self._wake(

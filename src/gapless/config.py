@@ -55,11 +55,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """KV elements of one token over all layers, times one byte; multiply by the dtype's size."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -71,7 +71,7 @@ class LLM:
         self.loaded = loaded
         self._engine = loaded.engine
         self._encoder = loaded.encoder
-        weakref.finalize(self, loaded.engine.close)  # when it is dropped, or the interpreter ends
+        weakref.finalize(self, loaded.engine.request_stop)
         self._turn = threading.Lock()
         self._turn_of: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -69,7 +70,13 @@ class SamplingParams:
             raise InvalidRequestError(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids, not {len(self.stop_token_ids)}")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, 2**31 - 1)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        # numpy's numbers are welcome, but not their arithmetic
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
+        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
 
     @property
     def greedy(self) -> bool:
@@ -114,9 +121,10 @@ def prompt_array(token_ids: Sequence[int] | NDArray[Any], vocab_size: int) -> ND
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise InvalidRequestError(f"{name} must be a finite number, not {value!r}")
-    if value < low or value > high or (open_low and value == low):
+    number = float(value)
+    if number < low or number > high or (open_low and number == low):
         bracket = "above" if open_low else "at least"
         raise InvalidRequestError(f"{name} must be {bracket} {low:g} and at most {high:g}, not {value!r}")
 

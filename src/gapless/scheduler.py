@@ -23,6 +23,8 @@ from gapless.rows import RowState, RowTable
 
 _EMPTY = np.zeros(0, dtype=np.int32)
 
+MANY_CANCELLED = 64  # fewer cancelled requests in the queue are not worth rebuilding it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -94,6 +96,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
+        self._cancelled_waiting = 0
         self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first
         self._row_owner: list[_Sequence | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
@@ -119,8 +122,18 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
+        waits = sequence.row < 0
         self._finish(sequence, FinishReason.CANCELLED)
+        if waits:
+            self._forget_cancelled()
         return True
+
+    def _forget_cancelled(self) -> None:
+        """Drop cancelled requests from the queue once they are the larger part of it; until then they are skipped."""
+        self._cancelled_waiting += 1
+        if self._cancelled_waiting > MANY_CANCELLED and 2 * self._cancelled_waiting > len(self._waiting):
+            self._waiting = deque(each for each in self._waiting if each.request.request_id in self._sequences)
+            self._cancelled_waiting = 0
 
     def preempt(self, request_id: int) -> bool:
         """Take the row and blocks of a running request; it goes on later, recomputed. False if it is not running."""
@@ -135,6 +148,15 @@ class Scheduler:
         """Requests that have a row and have not ended."""
         used = self.limits.max_rows - len(self._free_rows)
         return used - sum(self.rows.state[row] == RowState.DEAD for row in self._draining)
+
+    @property
+    def queue_length(self) -> int:
+        """Entries of the waiting queue, cancelled ones that have not been dropped yet included."""
+        return len(self._waiting)
+
+    def requests_without_row(self) -> set[int]:
+        """Ids of the requests that wait, preempted ones included. Cost grows with their number; for tests."""
+        return {request_id for request_id, sequence in self._sequences.items() if sequence.row < 0}
 
     @property
     def num_prefilling(self) -> int:

@@ -1,15 +1,20 @@
 """AsyncLLM: many requests on one loop, cancelled by leaving, and told when the engine dies."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from frontend.tiny import TripModel, answer, num_held_blocks, tiny_engine, tiny_tokenizer
 from gapless import AsyncLLM, RequestOutput, SamplingParams
 from gapless.errors import ConfigError, EmptyPromptError, EngineDeadError, InvalidRequestError
+from gapless.loading import LoadedEngine
+from gapless.request import FinishReason
+from gapless.scheduler import Committed, Finished
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -226,3 +231,42 @@ def test_the_loop_gets_one_call_per_step_however_many_requests_run():
 def test_an_unknown_option_is_refused_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="unknown engine option"):
         asyncio.run(AsyncLLM.create("demo", tensor_parallel=2))  # pyright: ignore[reportCallIssue]
+
+
+def test_an_iterator_keeps_its_engine_alive_when_nobody_else_holds_the_llm():
+    async def scenario() -> None:
+        stream = AsyncLLM.from_loaded(tiny_engine()).generate(prompt_of(5), GREEDY, output_kind="final")
+        gc.collect()
+        (output,) = [output async for output in stream]
+        assert output.outputs[0].token_ids == answer(prompt_of(5), 20)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_ends_when_the_last_who_could_use_it_is_gone():
+    async def scenario() -> LoadedEngine:
+        loaded = tiny_engine()
+        llm = AsyncLLM.from_loaded(loaded)
+        await last(llm, prompt_of(5))
+        return loaded
+
+    loaded = asyncio.run(scenario())
+    gc.collect()
+    loaded.engine.close()  # returns, since the engine has been told to stop
+    assert not loaded.engine.alive
+
+
+def test_a_record_that_does_not_fit_ends_every_iterator_with_an_error():
+    async def scenario() -> None:
+        loaded = tiny_engine()
+        async with AsyncLLM.from_loaded(loaded) as llm:
+            stream = llm.generate(prompt_of(5), LONG)
+            await anext(stream)
+            wrong = Finished(int(stream.request_id), FinishReason.STOP, generated=10**6)
+            nothing = np.zeros(0, dtype=np.int64)
+            loaded.engine.outputs.put(Committed(nothing, nothing.astype(np.int32), (wrong,)))
+            with pytest.raises(EngineDeadError, match="makes no sense"):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(scenario())

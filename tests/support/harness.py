@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from gapless.config import EngineConfig
@@ -14,6 +15,7 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.models.base import Model
 from gapless.request import FinishReason, Request, SamplingParams
+from gapless.rows import RowState
 from gapless.sampling import make_sampler
 from gapless.scheduler import Committed, Finished
 from support.hash_model import HashModel
@@ -49,8 +51,16 @@ class Harness:
         self._book_ends(self.scheduler.take_finished())
 
     def step(self) -> None:
+        """One turn of the loop, which admits in order of arrival and never preempts the oldest."""
+        table, rowless = self.scheduler.rows, self.scheduler.requests_without_row()
+        oldest = int(np.where(table.state == RowState.RUNNING, table.request_id, 2**62).argmin())
+        was_running = table.state[oldest] == RowState.RUNNING
         self.loop.step()
         self.loop.check_integrity()
+        assert not (was_running and table.state[oldest] == RowState.PREEMPTED), "the oldest was preempted"
+        left = self.scheduler.requests_without_row() & rowless
+        admitted = rowless - left - set(self.finished)
+        assert not admitted or not left or max(admitted) < min(left), "admitted out of turn"
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left; every count must be back where it began."""

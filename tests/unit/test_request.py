@@ -57,6 +57,13 @@ def test_a_parameter_out_of_range_is_refused_by_name(bad: dict[str, Any]):
         SamplingParams(**bad)
 
 
+def test_numbers_of_numpy_are_taken_as_plain_ones():
+    values: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(3), "max_tokens": np.int32(2**31 - 1)}
+    params = SamplingParams(**values)
+    assert (type(params.temperature), type(params.top_k), type(params.max_tokens)) == (float, int, int)
+    assert admission(num_blocks=100).make_request([1, 2], params).max_length == 32
+
+
 def test_an_unknown_parameter_is_an_error():
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=0.5)  # pyright: ignore[reportCallIssue]

@@ -118,9 +118,10 @@ class CpuDevice:
     """Implements device.base.Device without an accelerator."""
 
     name = "cpu"
-    captures_graphs = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, captures_graphs: bool = False) -> None:
+        """captures_graphs: run decode steps padded to buckets, as on a GPU. It only costs here; tests want it."""
+        self.captures_graphs = captures_graphs
         self.torch_device = torch.device("cpu")
         self._streams: list[CpuStream] = []
 

@@ -128,7 +128,8 @@ def _measure_activation(
     if not before:
         return 0
     tokens, columns = config.token_budget(on_cpu=False), -(-max_model_len // config.block_size)
-    chunks = [min(max_model_len, tokens - begin) for begin in range(0, tokens, max_model_len)][: config.max_rows]
+    entries = min(config.max_rows, tokens)
+    chunks = [min(max_model_len, len(part)) for part in np.array_split(np.arange(tokens), entries)]
     plan = dataclasses.replace(
         empty_plan(),
         rows_E=np.zeros(len(chunks), dtype=np.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -66,6 +67,7 @@ class Engine:
         self._active_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a worker inside torch must not outlive the interpreter
 
     # ------------------------------------------------------------ any thread
 
@@ -106,6 +108,11 @@ class Engine:
             raise ConfigError(f"lookahead must be 0 to {len(self._loop.slots.slots) - 1} here, not {lookahead}")
         self._loop.lookahead = lookahead
 
+    def request_stop(self) -> None:
+        """close() without waiting: safe in a finalizer, whatever thread that runs on."""
+        self._closing = True
+        self._wake.set()
+
     def close(self) -> None:
         """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again."""
         self._closing = True
@@ -126,8 +133,12 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - reported to every waiting request
             self._error = error
         finally:
-            self._loop.close()
-            self.outputs.put(EngineFailure(self._death()))
+            try:
+                self._loop.close()
+            except BaseException as error:  # noqa: BLE001 - a device that failed often fails again when it is closed
+                self._error = self._error or error
+            finally:
+                self.outputs.put(EngineFailure(self._death()))
 
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""

