@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo test check format clean
 
 help:
-	@echo "make demo    answer 40 prompts with a small real model, one step ahead and not"
+	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, pyright strict, import rules"
 	@echo "make format  let ruff rewrite the code"

@@ -1,4 +1,4 @@
-"""The demo: some forty prompts answered at once, synchronously and one step ahead, and what that changes."""
+"""The demo: 45 prompts answered at once, synchronously and one step ahead, and what that changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def run_demo(model: str = "demo", count: int | None = None, max_tokens: int = MA
     console = Console(highlight=False)
     prompts = load_prompts()[:count]
     words = sum(len(prompt.split()) for prompt in prompts)
-    console.print(f"[bold]Gapless[/bold] answers {len(prompts)} prompts ({words} words) at once with {model}.")
+    name = "SmolLM2-135M-Instruct" if model == "demo" else model
+    console.print(f"[bold]Gapless[/bold] answers {len(prompts)} prompts ({words} words) at once with {name}.")
     runs: list[Measured] = []
     for lookahead in LOOKAHEADS:
         console.print(f"  lookahead {lookahead} ({'synchronous' if lookahead == 0 else 'one step ahead'}) ...")
@@ -125,12 +126,13 @@ def _show_comparison(console: Console, runs: list[Measured]) -> int:
 
 def _show_next_steps(console: Console) -> None:
     console.print(
-        "\nNext:\n"
+        "\nNext (the command is in .venv/bin after make demo):\n"
         "  gapless chat                                    talk to the model\n"
         '  gapless generate "Why is the sky blue?"         one answer\n'
         "  gapless generate --input in.jsonl --output out.jsonl\n"
         "  gapless bench --help                            measure this machine\n"
-        "  On a GPU the gap between steps is what lookahead closes: try gapless bench decode there.",
+        "\nOn a CPU, host and model share the cores: both runs take about as long, give or take noise.\n"
+        "On a GPU, lookahead removes the idle time between steps: try gapless bench decode there.",
         markup=False,
     )
 

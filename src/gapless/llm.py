@@ -190,7 +190,10 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             each: list[SamplingParams | None] = [params] * len(many)
         else:
-            each = list(params)
+            each = list(params) if isinstance(params, Sequence) else [cast("SamplingParams", params)]
+            for one in each:
+                if not isinstance(one, SamplingParams):
+                    raise InvalidRequestError(f"sampling_params must be SamplingParams, not {type(one).__name__}")
         if len(each) != len(many):
             raise InvalidRequestError(f"{len(many)} prompts came with {len(each)} sampling parameters")
         prepared: list[Prepared] = []

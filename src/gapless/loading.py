@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gapless.attention import make_attention
 from gapless.config import Dtype, EngineConfig, ModelConfig
-from gapless.device import open_device
+from gapless.device import Device, open_device
 from gapless.engine.build import build_engine
 from gapless.engine.core import Engine
 from gapless.errors import ConfigError, OutOfMemoryError
@@ -25,6 +26,7 @@ from gapless.sampling import make_sampler
 from gapless.text.chat import ChatTemplate
 from gapless.text.tokenizer import Tokenizer
 from gapless.weights.hf_config import load_shape
+from gapless.weights.names import weight_shapes
 from gapless.weights.random import random_weights
 from gapless.weights.source import DEMO, ModelSource, open_weights, resolve_model
 
@@ -107,6 +109,7 @@ def load_engine(
     try:
         dtype_name: Dtype = config.dtype or ("float32" if device.torch_device.type == "cpu" else "bfloat16")
         dtype: torch.dtype = getattr(torch, dtype_name)
+        _check_memory(source, device, dtype)
         limit = source.config.max_position
         built = build_model(
             source.config,
@@ -131,6 +134,17 @@ def load_engine(
         device_name=device.name,
         config=dataclasses.replace(config, dtype=dtype_name, device=str(device.torch_device)),
     )
+
+
+def _check_memory(source: ModelSource, device: Device, dtype: torch.dtype) -> None:
+    """Refuse weights that do not fit before any is allocated. Raises OutOfMemoryError."""
+    needed = sum(math.prod(shape) for shape in weight_shapes(source.config).values()) * dtype.itemsize
+    free, _ = device.memory()
+    if needed > free:
+        raise OutOfMemoryError(
+            f"the weights of {source.name} take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}; "
+            f"{device.name} has {free / 2**30:.1f} GiB free"
+        )
 
 
 def _find(model: str | os.PathLike[str], load: Load, shape: str | os.PathLike[str] | None) -> ModelSource:

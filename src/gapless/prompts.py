@@ -42,6 +42,8 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
         return True
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequestError(f"a prompt is a text, token ids or a mapping, not {type(prompts).__name__}")
     return len(prompts) > 0 and all(isinstance(each, (int, np.integer)) for each in prompts)
 
 

@@ -237,7 +237,7 @@ def test_lookahead_can_be_lowered_but_not_past_the_slots(engine: Engine):
 
 
 def test_a_cache_that_does_not_fit_is_an_out_of_memory_error():
-    with pytest.raises(OutOfMemoryError, match="KV cache"):
+    with pytest.raises(ConfigError, match="KV cache of 2 bytes is too small"):
         make_engine(num_blocks=None, kv_cache_bytes=2)
     with pytest.raises(OutOfMemoryError, match="KV cache"):
         make_engine(num_blocks=2**50)

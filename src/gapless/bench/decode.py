@@ -12,17 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.attention import make_attention
 from gapless.bench.trace import GpuBusy, KernelTrace
-from gapless.config import EngineConfig, ModelConfig
-from gapless.device import Device, has_cuda, open_device
-from gapless.engine.build import build_engine
-from gapless.engine.core import Engine, EngineFailure
-from gapless.models.base import Model
-from gapless.models.registry import build_model
+from gapless.config import EngineConfig
+from gapless.device import has_cuda
+from gapless.engine.core import EngineFailure
+from gapless.errors import ConfigError
+from gapless.loading import load_engine
 from gapless.request import SamplingParams
-from gapless.sampling import make_sampler
-from gapless.weights.random import random_weights
+from gapless.weights.hf_config import load_shape
 
 TRACE_AT = 0.4  # of the new tokens
 TRACE_STEPS = 64
@@ -64,18 +61,21 @@ class DecodeResult:
 class DecodeBench:
     """An engine on random weights, built once and run at any lookahead up to the largest one asked for."""
 
-    def __init__(self, shape: ModelConfig, workload: Workload, config: EngineConfig) -> None:
+    def __init__(self, shape: str, workload: Workload, config: EngineConfig) -> None:
+        """Raises ConfigError, also where the workload is longer than the shape's context; OutOfMemoryError."""
         length = workload.prompt_len + workload.new_tokens
+        limit = load_shape(shape).max_position
+        if length > limit:
+            raise ConfigError(f"{workload.prompt_len} + {workload.new_tokens} tokens: {shape} has a context of {limit}")
         blocks = workload.requests * -(-length // config.block_size)
         self.workload = workload
-        self.device: Device = open_device(config.device)
-        self.config = replace(
-            config, num_blocks=config.num_blocks or blocks, max_model_len=config.max_model_len or length
-        )
-        self.vocab_size = shape.vocab_size
         begin = time.perf_counter()
-        self.engine = _build(shape, self.config, self.device)
+        sized = replace(config, num_blocks=blocks, max_model_len=length)
+        loaded = load_engine(config=sized, load="random", shape=shape)
         self.startup_seconds = time.perf_counter() - begin
+        self.engine = loaded.engine
+        self.device_name = loaded.device_name
+        self.on_gpu = loaded.config.device != "cpu"
 
     def run(self, lookahead: int) -> DecodeRun:
         """Generate everything once, timed."""
@@ -106,7 +106,8 @@ class DecodeBench:
         self.engine.set_lookahead(lookahead)
         rng = np.random.default_rng(0)
         params = SamplingParams(temperature=0, max_tokens=workload.new_tokens, ignore_eos=True)
-        prompts = rng.integers(0, self.vocab_size, (workload.requests, workload.prompt_len), dtype=np.int32)
+        vocab_size = self.engine.admission.model.vocab_size
+        prompts = rng.integers(0, vocab_size, (workload.requests, workload.prompt_len), dtype=np.int32)
         self.engine.submit([self.engine.make_request(prompt, params) for prompt in prompts])
         unfinished = workload.requests
         request_ids: list[NDArray[np.int64]] = []
@@ -122,19 +123,6 @@ class DecodeBench:
         return zlib.crc32(np.concatenate(tokens)[by_request].tobytes())
 
 
-def _build(shape: ModelConfig, config: EngineConfig, device: Device) -> Engine:
-    dtype = getattr(torch, config.dtype or ("float32" if device.torch_device.type == "cpu" else "bfloat16"))
-    model: Model = build_model(
-        shape,
-        random_weights(shape, device.torch_device, dtype, seed=0),
-        device=device.torch_device,
-        dtype=dtype,
-        attention=make_attention(config.attention, device.torch_device),
-        max_position=config.max_model_len or shape.max_position,
-    )
-    return build_engine(model, config, device, make_sampler(device.torch_device), dtype)
-
-
 def compare(
     bench: DecodeBench, lookaheads: list[int], *, repeat: int, warm_up: bool = True, traced: bool | None = None
 ) -> list[DecodeResult]:
@@ -145,7 +133,7 @@ def compare(
     for _ in range(repeat):
         for lookahead in lookaheads:
             runs[lookahead].append(bench.run(lookahead))
-    wants_trace = bench.device.torch_device.type == "cuda" if traced is None else traced
+    wants_trace = bench.on_gpu if traced is None else traced
     results: list[DecodeResult] = []
     for lookahead in lookaheads:
         times = [run.seconds for run in runs[lookahead]]
@@ -164,9 +152,9 @@ def compare(
     return results
 
 
-def environment(device: Device) -> dict[str, Any]:
+def environment(device_name: str) -> dict[str, Any]:
     """What a figure must be quoted with."""
-    return {"device": device.name, "torch": torch.__version__, "cuda": torch.version.cuda if has_cuda() else None}
+    return {"device": device_name, "torch": torch.__version__, "cuda": torch.version.cuda if has_cuda() else None}
 
 
 def as_json(bench: DecodeBench, results: list[DecodeResult]) -> dict[str, Any]:
@@ -174,7 +162,7 @@ def as_json(bench: DecodeBench, results: list[DecodeResult]) -> dict[str, Any]:
     sums = {run.checksum for result in results for run in result.runs}
     return {
         "workload": asdict(bench.workload),
-        "environment": environment(bench.device),
+        "environment": environment(bench.device_name),
         "startup_seconds": round(bench.startup_seconds, 2),
         "tokens_equal": len(sums) == 1,
         "results": [asdict(result) for result in results],

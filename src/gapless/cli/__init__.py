@@ -1,1 +1,1 @@
-"""The command line: `gapless generate`, `chat`, `bench`, `env`."""
+"""The command line: `gapless generate`, `chat`, `demo`, `bench`, `env`."""

@@ -19,7 +19,7 @@ def host(
     context: Annotated[list[int] | None, typer.Option(help="Tokens each row has; repeatable.")] = None,
     queue: Annotated[list[int] | None, typer.Option(help="Waiting requests; repeatable.")] = None,
     steps: Annotated[int, typer.Option(min=10, help="Timed steps.")] = 500,
-    lookahead: Annotated[int, typer.Option(min=0, max=16)] = 1,
+    lookahead: Annotated[int, typer.Option(min=0, max=16, help="Steps ahead.")] = 1,
     json_output: Json = False,
 ) -> None:
     """Host time per decode step on a device that does nothing."""
@@ -44,9 +44,9 @@ def host(
 @app.command()
 def decode(
     shape: Annotated[str, typer.Option(help="llama-8b, llama-1b, smollm2-135m, or a config.json.")] = "smollm2-135m",
-    requests: Annotated[int, typer.Option(min=1)] = 32,
-    prompt_len: Annotated[int, typer.Option(min=1)] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all running at once.")] = 32,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
     lookahead: Annotated[
         list[int] | None, typer.Option(help="Steps ahead; repeat to compare. Default 0 and 1.")
     ] = None,
@@ -54,8 +54,10 @@ def decode(
     warm_up: Annotated[bool, typer.Option(help="One untimed run first.")] = True,
     trace: Annotated[bool | None, typer.Option(help="One more run under a kernel trace. Default: on a GPU.")] = None,
     graphs: Annotated[bool, typer.Option(help="Replay captured CUDA graphs.")] = True,
-    block_size: Annotated[int, typer.Option()] = 16,
-    max_batch_tokens: Annotated[int, typer.Option()] = 8192,
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = 16,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="The most tokens in one step; 8192 on a GPU, 256 on a CPU.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     json_output: Json = False,
@@ -63,25 +65,25 @@ def decode(
     """Offline decode of fixed lengths on random weights, greedy, start-up left out."""
     from gapless.bench.decode import DecodeBench, Workload, as_json, compare
     from gapless.config import EngineConfig
-    from gapless.weights.hf_config import load_shape
 
     lookaheads = lookahead or [0, 1]
     options: dict[str, Any] = {"dtype": dtype, "device": device, "graphs": graphs, "block_size": block_size}
     config = EngineConfig(
         lookahead=max(lookaheads),
         max_rows=requests,
-        max_batch_tokens=max(max_batch_tokens, requests),
+        max_batch_tokens=max_batch_tokens,
         graph_buckets=(requests,),
         **options,
     )
     workload = Workload(requests=requests, prompt_len=prompt_len, new_tokens=new_tokens)
-    bench = DecodeBench(load_shape(shape), workload, config)
+    bench = DecodeBench(shape, workload, config)
     try:
         results = compare(bench, lookaheads, repeat=repeat, warm_up=warm_up, traced=trace)
     finally:
         bench.close()
     summary = as_json(bench, results)
-    print(f"{shape}, {requests} x ({prompt_len} + {new_tokens}), {summary['environment']}", file=sys.stderr)
+    environment = ", ".join(f"{name} {value}" for name, value in summary["environment"].items() if value)
+    print(f"{shape}, {requests} x ({prompt_len} + {new_tokens}), {environment}", file=sys.stderr)
     print(
         f"{'lookahead':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'ms/step':>8} {'busy (events)':>14} "
         f"{'busy (trace)':>13} {'idle between steps':>19}"

@@ -42,7 +42,7 @@ def parse_line(data: bytes, defaults: SamplingParams) -> tuple[Job, object]:
     if len(data) > MAX_LINE_BYTES:
         raise BadLineError(f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig").rstrip())  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
@@ -63,6 +63,8 @@ def _job(fields: dict[str, Any], defaults: SamplingParams) -> Job:
     known = (*PROMPT_KEYS, *SAMPLING_KEYS)
     for key in fields:
         if key not in known:
+            if key == "stop":
+                raise InvalidRequestError("stop strings are not supported yet; stop_token_ids takes token ids")
             close = difflib.get_close_matches(key, (*known, "id"), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are id, {', '.join(known)}"
             raise InvalidRequestError(f"unknown key {key!r}; {hint}")

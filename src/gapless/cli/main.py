@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -57,6 +58,10 @@ def root(
     pass
 
 
+def _leave_at_once(_number: int, _frame: object) -> None:
+    os._exit(130)
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
@@ -73,5 +78,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
         warn(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, _leave_at_once)  # a second one does not wait for the step in hand
         sys.exit(130)
     sys.exit(0)

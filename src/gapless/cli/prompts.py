@@ -21,7 +21,8 @@ def to_prompts(llm: LLM, texts: Sequence[str], chat: bool | None) -> list[Prompt
     if chat and not llm.loaded.has_chat_template:
         raise ConfigError(f"{llm.loaded.model_name} has no chat template: leave --chat out")
     if llm.loaded.has_chat_template if chat is None else chat:
-        return [ChatPrompt(messages=[{"role": "user", "content": text}]) for text in texts]
+        # an empty text stays as it is, to be refused, where a template would make something of it
+        return [ChatPrompt(messages=[{"role": "user", "content": text}]) if text.strip() else "" for text in texts]
     return list(texts)
 
 

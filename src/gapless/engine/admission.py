@@ -59,14 +59,14 @@ class Admission:
         if prompt_size >= limit:
             raise PromptTooLongError(
                 f"the prompt has {prompt_size} tokens; the context limit is {limit}, the answer included. "
-                "Shorten the prompt, or raise max_model_len if the model and the KV cache allow it"
+                "Shorten the prompt, or raise the limit if the model and the KV cache allow it"
             )
         length = limit if max_tokens is None else min(limit, prompt_size + max_tokens)
         needed, usable = -(-(length - 1) // self.limits.block_size), self.limits.num_blocks - 1
         if needed > usable:
             raise RequestTooLargeError(
                 f"the request may grow to {length} tokens and take {needed} KV blocks; the whole cache has {usable}. "
-                "Lower max_tokens, shorten the prompt or give the KV cache more memory"
+                "Ask for fewer tokens, shorten the prompt or give the KV cache more memory"
             )
         return length
 

@@ -111,11 +111,16 @@ def _count_blocks(spec: KVSpec, config: EngineConfig, device: Device, dtype: tor
         blocks = config.num_blocks + 1  # the null block comes on top
     elif config.max_model_len is not None:
         blocks = min(blocks, config.max_rows * -(-config.max_model_len // config.block_size) + 1)
+    if blocks < _SMALLEST_CACHE and config.kv_cache_bytes is not None:
+        raise ConfigError(
+            f"a KV cache of {config.kv_cache_bytes} bytes is too small: it needs {_SMALLEST_CACHE} blocks, and one "
+            f"of {config.block_size} tokens takes {block_bytes} bytes"
+        )
     if blocks < _SMALLEST_CACHE or blocks * block_bytes > free:
         raise OutOfMemoryError(
             f"the KV cache would get {max(blocks, 0) * block_bytes / 2**20:.0f} MiB of {free / 2**20:.0f} MiB free; "
-            f"a block of {config.block_size} tokens takes {block_bytes / 2**20:.2f} MiB. Lower max_batch_tokens, "
-            "kv_cache_bytes or num_blocks, or use a smaller model or dtype"
+            f"a block of {config.block_size} tokens takes {block_bytes / 2**20:.2f} MiB. Ask for a smaller cache, "
+            "fewer tokens in a batch, or use a smaller model or dtype"
         )
     return blocks
 

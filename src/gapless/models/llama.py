@@ -197,4 +197,4 @@ def _fill(targets: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, 
         missing.remove(name)
     if missing:
         first = sorted(missing)[:3]
-        raise CorruptModelError(f"{len(missing)} tensors are missing, among them {', '.join(first)}")
+        raise CorruptModelError(f"missing tensors: {len(missing)}, among them {', '.join(first)}")
