@@ -15,10 +15,10 @@ from gapless.config import EngineConfig
 from gapless.engine.core import Engine, EngineFailure, EngineStats
 from gapless.errors import EngineDeadError, InvalidRequestError
 from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.outcome import Committed
 from gapless.outputs import RequestOutput
 from gapless.prompts import Prompt
 from gapless.request import SamplingParams
-from gapless.scheduler import Committed
 
 OutputKind = Literal["cumulative", "delta", "final"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from gapless.engine.core import EngineFailure
 from gapless.errors import EngineDeadError, InternalError
+from gapless.outcome import Committed
 from gapless.outputs import CompletionOutput, FinishWord, RequestOutput, Usage
 from gapless.request import FinishReason, Request
-from gapless.scheduler import Committed
 from gapless.text.detokenize import Detokenizer
 from gapless.text.tokenizer import Tokenizer
 

@@ -122,6 +122,27 @@ class EngineConfig:
         return max(CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS, self.max_rows)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """EngineConfig's sizes once they are resolved."""
+
+    max_rows: int
+    max_batch_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def block_columns(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def max_block_updates(self) -> int:
+        """Most block table entries that one step can change: a block for each decoding row, and the whole prompts of
+        the admitted ones, of which all but the last fit in the token budget."""
+        return 2 * self.max_rows + self.max_batch_tokens // self.block_size + self.block_columns
+
+
 def _between(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer between {low} and {high}, not {value!r}")

@@ -16,11 +16,11 @@ from gapless.config import EngineConfig
 from gapless.engine.core import EngineFailure, EngineStats
 from gapless.errors import InvalidRequestError
 from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.outcome import Committed
 from gapless.outputs import RequestOutput, TextDelta
 from gapless.progress import Progress
 from gapless.prompts import ChatPrompt, Prompt, is_single
 from gapless.request import SamplingParams
-from gapless.scheduler import Committed
 from gapless.text.messages import Message
 
 _SUBMIT_AT_ONCE = 64

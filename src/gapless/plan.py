@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gapless.request import Request
 
 Ints = NDArray[np.int32]
 
@@ -23,6 +26,19 @@ class RowParams:
     top_p_A: NDArray[np.float32]
     min_p_A: NDArray[np.float32]
     seed_A: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, requests: Mapping[int, Request]) -> RowParams:
+        """Of these requests by row."""
+        params = [request.params for request in requests.values()]
+        return cls(
+            rows_A=np.asarray(list(requests), dtype=np.int32),
+            temperature_A=np.asarray([each.temperature for each in params], dtype=np.float32),
+            top_k_A=np.asarray([each.top_k for each in params], dtype=np.int32),
+            top_p_A=np.asarray([each.top_p for each in params], dtype=np.float32),
+            min_p_A=np.asarray([each.min_p for each in params], dtype=np.float32),
+            seed_A=np.asarray([request.seed for request in requests.values()], dtype=np.uint64),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,14 +80,7 @@ class Plan:
 
 
 _NOTHING = np.zeros(0, dtype=np.int32)
-NO_PARAMS = RowParams(
-    rows_A=_NOTHING,
-    temperature_A=np.zeros(0, dtype=np.float32),
-    top_k_A=_NOTHING,
-    top_p_A=np.zeros(0, dtype=np.float32),
-    min_p_A=np.zeros(0, dtype=np.float32),
-    seed_A=np.zeros(0, dtype=np.uint64),
-)
+NO_PARAMS = RowParams.of({})
 
 
 def empty_plan() -> Plan:

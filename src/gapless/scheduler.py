@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gapless.blocks import NULL_BLOCK, BlockPool
+from gapless.config import SchedulerLimits
 from gapless.errors import InternalError
+from gapless.outcome import Committed, Finished
 from gapless.plan import NO_PARAMS, PLACEHOLDER, Ints, Plan, RowParams
 from gapless.request import FinishReason, Request
 from gapless.rows import RowState, RowTable
@@ -24,27 +25,6 @@ from gapless.rows import RowState, RowTable
 _EMPTY = np.zeros(0, dtype=np.int32)
 
 MANY_CANCELLED = 64  # fewer cancelled requests in the queue are not worth rebuilding it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Sizes the scheduler keeps to; see EngineConfig."""
-
-    max_rows: int
-    max_batch_tokens: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-
-    @property
-    def block_columns(self) -> int:
-        return -(-self.max_model_len // self.block_size)
-
-    @property
-    def max_block_updates(self) -> int:
-        """Most block table entries that one step can change: a block for each decoding row, and the whole prompts of
-        the admitted ones, of which all but the last fit in the token budget."""
-        return 2 * self.max_rows + self.max_batch_tokens // self.block_size + self.block_columns
 
 
 @dataclass(slots=True, eq=False)
@@ -66,24 +46,6 @@ class SchedulerStats:
     recomputed_tokens: int = 0
     overshoot_rows: int = 0
     preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of a request. `generated` counts the tokens that were emitted for it."""
-
-    request_id: int
-    reason: FinishReason
-    generated: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Committed:
-    """What became known in one step: token i belongs to request i. A request's end comes after its last token."""
-
-    request_ids: NDArray[np.int64]
-    tokens: Ints
-    finished: tuple[Finished, ...] = field(default=())
 
 
 class Scheduler:
@@ -320,7 +282,7 @@ class Scheduler:
             rows = np.concatenate((rows, np.asarray(chunk_rows, dtype=np.int32)[order]))
             counts = np.concatenate((counts, np.asarray(chunk_counts, dtype=np.int32)[order]))
             blocks = np.concatenate(grown, axis=1)
-            params = self._params_of(new_rows)
+            params = RowParams.of({row: owner.request for row in new_rows if (owner := self._row_owner[row])})
             num_decodes += int(single.sum())
             self._rows_changed = True
         starts = table.computed[rows]
@@ -353,17 +315,6 @@ class Scheduler:
             block_ids_U=blocks[2],
             params=params,
             all_greedy=bool(table.greedy[rows].all()),
-        )
-
-    def _params_of(self, rows: list[int]) -> RowParams:
-        owners = [owner.request for row in rows if (owner := self._row_owner[row]) is not None]
-        return RowParams(
-            rows_A=np.asarray(rows, dtype=np.int32),
-            temperature_A=np.asarray([r.params.temperature for r in owners], dtype=np.float32),
-            top_k_A=np.asarray([r.params.top_k for r in owners], dtype=np.int32),
-            top_p_A=np.asarray([r.params.top_p for r in owners], dtype=np.float32),
-            min_p_A=np.asarray([r.params.min_p for r in owners], dtype=np.float32),
-            seed_A=np.asarray([r.seed for r in owners], dtype=np.uint64),
         )
 
     def _refresh_rows(self) -> None:

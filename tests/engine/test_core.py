@@ -22,9 +22,9 @@ from gapless.engine.build import build_engine
 from gapless.engine.core import Engine, EngineFailure
 from gapless.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from gapless.models.base import Model
+from gapless.outcome import Finished
 from gapless.request import FinishReason, Request, SamplingParams
 from gapless.sampling import make_sampler
-from gapless.scheduler import Finished
 from support.hash_model import HashModel, expected_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

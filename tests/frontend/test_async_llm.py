@@ -13,8 +13,8 @@ from frontend.tiny import TripModel, answer, num_held_blocks, tiny_engine, tiny_
 from gapless import AsyncLLM, RequestOutput, SamplingParams
 from gapless.errors import ConfigError, EmptyPromptError, EngineDeadError, InvalidRequestError
 from gapless.loading import LoadedEngine
+from gapless.outcome import Committed, Finished
 from gapless.request import FinishReason
-from gapless.scheduler import Committed, Finished
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)

@@ -8,8 +8,8 @@ import pytest
 from frontend.tiny import tiny_tokenizer
 from gapless.collector import Collector, Prepared
 from gapless.errors import InternalError
+from gapless.outcome import Committed, Finished
 from gapless.request import FinishReason, Request, SamplingParams
-from gapless.scheduler import Committed, Finished
 from support.hash_model import VOCAB
 
 

@@ -14,14 +14,15 @@ ROOT = Path(gapless.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each room may import of this package, and whether it may import torch. Longest prefix wins.
-BASICS = {"errors", "config", "request", "plan"}
+BASICS = {"errors", "config", "request", "plan", "outcome"}
 POLICY = BASICS | {"blocks", "rows", "scheduler"}
 ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "request": {"errors"},
-    "plan": {"errors"},
+    "plan": {"errors", "request"},
+    "outcome": {"request", "plan"},
     "blocks": BASICS,
     "rows": BASICS,
     "scheduler": POLICY,
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": BASICS,
 }
 ENGINE_LAYERS = ["layout", "slots", "graphs", "fill", "runner", "loop", "admission", "core", "build"]
-NO_TORCH = {"errors", "config", "request", "plan", "blocks", "rows", "scheduler", "outputs"}
+NO_TORCH = {"errors", "config", "request", "plan", "outcome", "blocks", "rows", "scheduler", "outputs"}
 
 
 def module_of(path: Path) -> str:

@@ -14,10 +14,10 @@ from gapless.device.cpu import CpuDevice
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.models.base import Model
+from gapless.outcome import Committed, Finished
 from gapless.request import FinishReason, Request, SamplingParams
 from gapless.rows import RowState
 from gapless.sampling import make_sampler
-from gapless.scheduler import Committed, Finished
 from support.hash_model import HashModel
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gapless.config import EngineConfig
+from gapless.config import EngineConfig, SchedulerLimits
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.errors import (
     ConfigError,
@@ -17,7 +17,6 @@ from gapless.errors import (
     RequestTooLargeError,
 )
 from gapless.request import MAX_STOP_TOKEN_IDS, SamplingParams
-from gapless.scheduler import SchedulerLimits
 
 NAN, INF = float("nan"), float("inf")
 

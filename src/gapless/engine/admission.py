@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gapless.config import SchedulerLimits
 from gapless.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
 from gapless.request import Request, SamplingParams, prompt_array
-from gapless.scheduler import SchedulerLimits
 
 _MASK_64 = 2**64 - 1
 

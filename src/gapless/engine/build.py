@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gapless.attention.base import KVSpec, LayerKV
-from gapless.config import EngineConfig
+from gapless.config import EngineConfig, SchedulerLimits
 from gapless.device.base import Device, Graph
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.core import Engine
@@ -23,7 +23,7 @@ from gapless.errors import ConfigError, OutOfMemoryError
 from gapless.models.base import Model
 from gapless.plan import Ints, empty_plan
 from gapless.sampling.base import Sampler
-from gapless.scheduler import Scheduler, SchedulerLimits
+from gapless.scheduler import Scheduler
 
 CPU_KV_CACHE_BYTES = 2 * 2**30  # the default on the cpu device, where pages cost memory only once written
 _SMALLEST_CACHE = 2  # blocks: the null block and one more

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
 from gapless.errors import ConfigError, EngineDeadError
+from gapless.outcome import Committed
 from gapless.request import Request, SamplingParams
-from gapless.scheduler import Committed, SchedulerStats
+from gapless.scheduler import SchedulerStats
 
 _NO_IDS = np.zeros(0, dtype=np.int64)
 _NO_TOKENS = np.zeros(0, dtype=np.int32)

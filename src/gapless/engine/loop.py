@@ -9,8 +9,9 @@ from gapless.engine.fill import fill
 from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot, SlotRing
 from gapless.errors import InternalError
+from gapless.outcome import Committed
 from gapless.plan import Plan
-from gapless.scheduler import Committed, Scheduler
+from gapless.scheduler import Scheduler
 
 
 class Loop:
