@@ -58,8 +58,9 @@ class Harness:
         self.loop.step()
         self.loop.check_integrity()
         assert not (was_running and table.state[oldest] == RowState.PREEMPTED), "the oldest was preempted"
-        left = self.scheduler.requests_without_row() & rowless
+        left = self.scheduler.requests_without_row()
         admitted = rowless - left - set(self.finished)
+        left |= set(table.request_id[table.state == RowState.PREEMPTED].tolist())
         assert not admitted or not left or max(admitted) < min(left), "admitted out of turn"
 
     def run(self, max_steps: int = 10_000) -> None:
