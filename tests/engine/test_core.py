@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +202,22 @@ def test_a_process_that_leaves_a_running_engine_behind_ends_cleanly():
     command = [sys.executable, "-c", script, str(here), str(here.parent)]
     ended = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_closed_engine_gives_its_model_back_and_can_itself_be_collected():
+    model = HashModel()
+    engine = make_engine(model)
+    request = engine.make_request([1], GREEDY)
+    engine.submit([request])
+    collect(engine, [request])
+    held, ended = weakref.ref(model), weakref.ref(engine)
+    del model
+    engine.close()
+    gc.collect()
+    assert held() is None  # though somebody still holds the engine
+    del engine
+    gc.collect()
+    assert ended() is None
 
 
 def test_closing_ends_unfinished_requests_with_an_error_and_may_be_repeated():

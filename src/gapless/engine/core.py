@@ -139,6 +139,7 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - a device that failed often fails again when it is closed
                 self._error = self._error or error
             finally:
+                atexit.unregister(self.close)
                 self.outputs.put(EngineFailure(self._death()))
 
     def _wait_for_work(self) -> None:

@@ -103,9 +103,13 @@ class Runner:
         self._d2h.record(slot.d2h_done)
 
     def close(self) -> None:
-        """Let queued work end, then end the streams and free the graphs."""
-        self._device.close()
-        self.graphs.clear()
+        """Let queued work end, then end the streams and free graphs, cache and weights. Nothing is launched after."""
+        try:
+            self._device.close()
+        finally:
+            self.graphs.clear()
+            self._kv.clear()
+            del self.model
 
     @torch.inference_mode()
     def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
