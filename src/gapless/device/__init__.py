@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gapless.device.base import Device, Event, Graph, Stream
+from gapless.device.base import Access, Device, Event, Graph, Note, Stream
 from gapless.errors import ConfigError
 
-__all__ = ["Device", "Event", "Graph", "Stream", "has_cuda", "open_device"]
+__all__ = ["Access", "Device", "Event", "Graph", "Note", "Stream", "has_cuda", "open_device"]
 
 
 def has_cuda() -> bool:

@@ -11,10 +11,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+
+class Access(NamedTuple):
+    """One use of a buffer by queued work. `units` index the buffer's first dimension; None is all of it."""
+
+    name: str
+    buffer: torch.Tensor
+    units: NDArray[np.integer] | None
+    write: bool
+
+
+class Note(NamedTuple):
+    """What a piece of queued work is and what it touches, told by its owner. Only devices that check or draw read it.
+
+    accesses  is called when the work is about to run, since what it touches may stand in its own inputs.
+    """
+
+    name: str
+    step: int
+    slot: str
+    accesses: Callable[[], Iterable[Access]] = tuple
 
 
 class Event(Protocol):
@@ -38,7 +61,7 @@ class Stream(Protocol):
 
     name: str
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         """Queue `work` behind everything queued so far. It must not synchronise."""
         ...
 
@@ -68,14 +91,23 @@ class Device(Protocol):
 
     def stream(self, name: str) -> Stream: ...
 
-    def event(self, *, timed: bool = False) -> Event: ...
+    def event(self, name: str = "", *, timed: bool = False) -> Event: ...
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, size: int, name: str = "") -> torch.Tensor:
         """int32[size] host memory that the device can copy from and to asynchronously, zeroed."""
         ...
 
-    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
-        """Capture `work` as a graph on `stream`. All graphs of a device share one memory pool. Start-up only."""
+    def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
+        """The pinned memory as the host reads and writes it. Everything the host does to it goes through this."""
+        ...
+
+    def capture(
+        self, work: Callable[[], None], stream: Stream, accesses: Callable[[], Iterable[Access]] = tuple
+    ) -> Graph:
+        """Capture `work` as a graph on `stream`. All graphs of a device share one memory pool. Start-up only.
+
+        accesses  what a replay touches, as in Note.
+        """
         ...
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:

@@ -6,11 +6,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from gapless.device.base import Event, Graph, Stream
+from gapless.device.base import Access, Event, Graph, Note, Stream
 from gapless.errors import InternalError
 
 MAX_CPU_MEMORY = 2**40  # stands in where the system does not tell
@@ -64,7 +66,7 @@ class CpuStream:
         self._thread = threading.Thread(target=self._run, name=f"gapless-{name}", daemon=True)
         self._thread.start()
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         if self._closed:
             raise InternalError(f"stream {self.name} is closed")
         self._queue.put(lambda: self._attempt(work))
@@ -130,13 +132,18 @@ class CpuDevice:
         self._streams.append(stream)
         return stream
 
-    def event(self, *, timed: bool = False) -> CpuEvent:
+    def event(self, name: str = "", *, timed: bool = False) -> CpuEvent:
         return CpuEvent()
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, size: int, name: str = "") -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32)
 
-    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
+    def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
+        return pinned.numpy()
+
+    def capture(
+        self, work: Callable[[], None], stream: Stream, accesses: Callable[[], Iterable[Access]] = tuple
+    ) -> Graph:
         return CpuGraph(work)
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from gapless.device.base import Event, Graph, Stream
+from gapless.device.base import Access, Event, Graph, Note, Stream
 from gapless.errors import ConfigError, InternalError
 
 
@@ -32,7 +34,7 @@ class CudaStream:
         self.name = name
         self.raw = torch.cuda.Stream(device)
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         with torch.cuda.stream(self.raw):
             work()
 
@@ -64,13 +66,18 @@ class CudaDevice:
     def stream(self, name: str) -> CudaStream:
         return CudaStream(name, self.torch_device)
 
-    def event(self, *, timed: bool = False) -> CudaEvent:
+    def event(self, name: str = "", *, timed: bool = False) -> CudaEvent:
         return CudaEvent(timed=timed)
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, size: int, name: str = "") -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, pin_memory=True)
 
-    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
+    def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
+        return pinned.numpy()
+
+    def capture(
+        self, work: Callable[[], None], stream: Stream, accesses: Callable[[], Iterable[Access]] = tuple
+    ) -> Graph:
         assert isinstance(stream, CudaStream)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.torch_device)

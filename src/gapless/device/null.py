@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from gapless.device.base import Event, Graph, Stream
+from gapless.device.base import Access, Event, Graph, Note, Stream
 
 
 class NullEvent:
@@ -24,7 +26,7 @@ class NullStream:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def enqueue(self, work: Callable[[], None]) -> None:
+    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         pass
 
     def record(self, event: Event) -> None:
@@ -51,13 +53,18 @@ class NullDevice:
     def stream(self, name: str) -> Stream:
         return NullStream(name)
 
-    def event(self, *, timed: bool = False) -> Event:
+    def event(self, name: str = "", *, timed: bool = False) -> Event:
         return NullEvent()
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, size: int, name: str = "") -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32)
 
-    def capture(self, work: Callable[[], None], stream: Stream) -> Graph:
+    def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
+        return pinned.numpy()
+
+    def capture(
+        self, work: Callable[[], None], stream: Stream, accesses: Callable[[], Iterable[Access]] = tuple
+    ) -> Graph:
         return NullGraph()
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:

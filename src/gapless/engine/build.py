@@ -17,8 +17,9 @@ from gapless.engine.fill import fill
 from gapless.engine.graphs import GraphTable, default_buckets
 from gapless.engine.layout import StepShape, packed_capacity
 from gapless.engine.loop import Loop
-from gapless.engine.runner import DeviceTables, Extent, Runner, copy_in
+from gapless.engine.runner import Extent, Runner, copy_in
 from gapless.engine.slots import Slot, SlotRing
+from gapless.engine.tables import DeviceTables
 from gapless.errors import ConfigError, OutOfMemoryError
 from gapless.models.base import Model
 from gapless.plan import Ints, empty_plan
@@ -54,7 +55,7 @@ def build_loop(
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
     runner, slots = _build_runner(model, config, device, sampler, kv, limits)
     if config.graphs and device.captures_graphs:
-        runner.graphs.capture(slots.slots, _capturer(runner, device, limits))
+        runner.graphs.capture(slots.slots, _capturer(runner, limits))
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
 
@@ -77,17 +78,11 @@ def _build_runner(
     return Runner(model, device, sampler, kv, tables, graphs), slots
 
 
-def _capturer(runner: Runner, device: Device, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
+def _capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
     def capture(slot: Slot, shape: StepShape) -> Graph:
         extent = Extent(num_decodes=shape.entries, max_query=1, max_kv=limits.max_model_len, all_greedy=False)
         fill(empty_plan(), _no_tokens(), slot.packed, shape, runner.scratch_row)
-
-        def warm_up() -> None:
-            copy_in(slot, shape)
-            runner.compute_step(slot, shape, extent)
-
-        device.run_now(warm_up, runner.compute)
-        return device.capture(lambda: runner.compute_step(slot, shape, extent), runner.compute)
+        return runner.capture(slot, shape, extent)
 
     return capture
 

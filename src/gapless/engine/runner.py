@@ -5,33 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
-from gapless.device.base import Device
+from gapless.device.base import Access, Device, Graph, Note
+from gapless.engine.accesses import compute_accesses, copy_in_accesses, copy_out_accesses
 from gapless.engine.graphs import GraphTable
 from gapless.engine.layout import StepInputs, StepShape, sections_of
 from gapless.engine.slots import Slot
+from gapless.engine.tables import DeviceTables
 from gapless.models.base import Model
 from gapless.plan import Plan
-from gapless.sampling.base import Sampler, SamplingTables
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceTables:
-    """State that lives on the device, one line per row; the last row is scratch. R rows, C block columns."""
-
-    block_table_RC: Tensor  # int32
-    last_token_R: Tensor  # int32: what the row's newest step sampled
-    sampling: SamplingTables
-
-    @classmethod
-    def allocate(cls, rows: int, columns: int, device: torch.device) -> DeviceTables:
-        return cls(
-            block_table_RC=torch.zeros((rows, columns), dtype=torch.int32, device=device),
-            last_token_R=torch.zeros(rows, dtype=torch.int32, device=device),
-            sampling=SamplingTables.allocate(rows, device),
-        )
+from gapless.sampling.base import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +65,15 @@ class Runner:
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         """Queue the step that was filled into the slot. Returns at once."""
+        step, letter = plan.step, slot.letter
         slot.num_samples = plan.num_samples
-        self._h2d.enqueue(lambda: copy_in(slot, shape))
+        self._h2d.enqueue(lambda: copy_in(slot, shape), Note("copy in", step, letter, lambda: copy_in_accesses(slot)))
         self._h2d.record(slot.h2d_done)
         self.compute.wait(slot.h2d_done)
         self.compute.record(slot.compute_begin)
         graph = self.graphs.get(shape, slot)
         if graph is not None:
-            self.compute.enqueue(graph.replay)
+            self.compute.enqueue(graph.replay, Note("replay", step, letter))
         else:
             extent = Extent(
                 num_decodes=plan.num_decodes,
@@ -96,11 +81,28 @@ class Runner:
                 max_kv=int((plan.starts_E + plan.counts_E).max()),
                 all_greedy=plan.all_greedy,
             )
-            self.compute.enqueue(lambda: self.compute_step(slot, shape, extent))
+            note = Note("compute", step, letter, lambda: self._accesses(slot, shape))
+            self.compute.enqueue(lambda: self.compute_step(slot, shape, extent), note)
         self.compute.record(slot.compute_done)
         self._d2h.wait(slot.compute_done)
-        self._d2h.enqueue(lambda: copy_out(slot, plan.num_samples))
+        note = Note("copy out", step, letter, lambda: copy_out_accesses(slot))
+        self._d2h.enqueue(lambda: copy_out(slot, plan.num_samples), note)
         self._d2h.record(slot.d2h_done)
+
+    def capture(self, slot: Slot, shape: StepShape, extent: Extent) -> Graph:
+        """A graph of the compute stage on this slot's buffers, which hold the inputs of a step of this shape."""
+
+        def warm_up() -> None:
+            copy_in(slot, shape)
+            self.compute_step(slot, shape, extent)
+
+        self._device.run_now(warm_up, self.compute)
+        return self._device.capture(
+            lambda: self.compute_step(slot, shape, extent), self.compute, lambda: self._accesses(slot, shape)
+        )
+
+    def _accesses(self, slot: Slot, shape: StepShape) -> list[Access]:
+        return compute_accesses(slot, shape, self.tables, self._kv)
 
     def close(self) -> None:
         """Let queued work end, then end the streams and free graphs, cache and weights. Nothing is launched after."""

@@ -21,16 +21,16 @@ class Slot:
 
     def __init__(self, index: int, device: Device, capacity: int, max_rows: int) -> None:
         self.index = index
-        self.host_in = device.pinned(capacity)
-        self.host_out = device.pinned(max_rows)
-        self.packed: NDArray[np.int32] = self.host_in.numpy()
-        self._sampled: NDArray[np.int32] = self.host_out.numpy()
+        self.host_in = device.pinned(capacity, f"host in {self.letter}")
+        self.host_out = device.pinned(max_rows, f"host out {self.letter}")
+        self.packed: NDArray[np.int32] = device.host_view(self.host_in)
+        self._sampled: NDArray[np.int32] = device.host_view(self.host_out)
         self.device_in = torch.zeros(capacity, dtype=torch.int32, device=device.torch_device)
         self.device_out = torch.zeros(max_rows, dtype=torch.int32, device=device.torch_device)
-        self.h2d_done = device.event()
-        self.compute_begin = device.event(timed=True)
-        self.compute_done = device.event(timed=True)
-        self.d2h_done = device.event()
+        self.h2d_done = device.event(f"h2d_done {self.letter}")
+        self.compute_begin = device.event(f"compute_begin {self.letter}", timed=True)
+        self.compute_done = device.event(f"compute_done {self.letter}", timed=True)
+        self.d2h_done = device.event(f"d2h_done {self.letter}")
         self.shape = StepShape(0, 0, 0, 0, 0)
         self.num_samples = 0
         self.in_flight = False

@@ -67,6 +67,16 @@ class SamplingTables:
             seed_R2=torch.zeros(rows, 2, dtype=torch.int32, device=device),
         )
 
+    def by_name(self) -> tuple[tuple[str, Tensor], ...]:
+        """Every table with its name."""
+        return (
+            ("temperature", self.temperature_R),
+            ("top k", self.top_k_R),
+            ("top p", self.top_p_R),
+            ("min p", self.min_p_R),
+            ("seed", self.seed_R2),
+        )
+
 
 class Sampler(Protocol):
     """Chooses one token per entry."""

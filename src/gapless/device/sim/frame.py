@@ -1,0 +1,56 @@
+"""The audit of declarations: what a piece of work did not declare can neither matter to it nor be changed by it.
+
+Everything that was ever declared by anybody, less what this piece declares, is filled with rubbish while it runs, and
+put back afterwards. A use that was not declared then changes the outcome, or is found as a change of the rubbish.
+
+Source: the frame rule of separation logic, Reynolds, "Separation logic", LICS 2002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from gapless.device.base import Access
+from gapless.errors import InternalError
+
+_RUBBISH = 1_515_870_810
+
+
+class Frame:
+    """Knows every buffer that was ever declared."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def run(self, work: Callable[[], None], declared: Sequence[Access], what: str) -> None:
+        """Run `work`. Raises InternalError if it writes to what it did not declare for writing."""
+        for name, buffer, _, _ in declared:
+            self._buffers[buffer.data_ptr()] = (name, buffer)
+        hidden: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        fixed: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for address, (name, buffer) in self._buffers.items():
+            uses = [each for each in declared if each.buffer.data_ptr() == address]
+            unused, unwritten = _left_out(buffer, uses), _left_out(buffer, [each for each in uses if each.write])
+            kept = buffer[unused].clone()
+            buffer[unused] = float("nan") if buffer.is_floating_point() else _RUBBISH
+            hidden.append((name, buffer, unused, kept))
+            fixed.append((name, buffer, unwritten, buffer[unwritten].clone()))
+        try:
+            work()
+            for name, buffer, units, before in fixed:
+                if not torch.equal(buffer[units].nan_to_num(-1.0), before.nan_to_num(-1.0)):
+                    raise InternalError(f"{what} wrote to {name} without declaring it")
+        finally:
+            for _, buffer, units, kept in hidden:
+                buffer[units] = kept
+
+
+def _left_out(buffer: torch.Tensor, uses: Sequence[Access]) -> torch.Tensor:
+    """Units of the buffer that none of these uses covers, int64."""
+    left = np.ones(buffer.shape[0], dtype=np.bool_)
+    for each in uses:
+        left[slice(None) if each.units is None else each.units] = False
+    return torch.from_numpy(np.flatnonzero(left))
