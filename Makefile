@@ -5,11 +5,17 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test check format clean
+SEEDS ?= 100000
+SEED ?= 0
+
+.PHONY: help demo test race replay faults check format clean
 
 help:
 	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
 	@echo "make test    run the tests"
+	@echo "make race    SEEDS=1000000 schedules on the simulated device; goes on where it was stopped"
+	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails"
+	@echo "make faults  the planted faults, and how many schedules it takes to find each"
 	@echo "make check   ruff, pyright strict, import rules"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the virtual environment and caches"
@@ -19,6 +25,15 @@ demo: .venv/demo.done
 
 test: .venv/dev.done
 	$(BIN)/python -m pytest -q
+
+race: .venv/dev.done
+	PYTHONPATH=tests $(BIN)/python -m support.sim.race run --seeds $(SEEDS)
+
+replay: .venv/dev.done
+	PYTHONPATH=tests $(BIN)/python -m support.sim.race replay --seed $(SEED) --shrink --trace .race/trace.json
+
+faults: .venv/dev.done
+	PYTHONPATH=tests $(BIN)/python -m support.sim.faults
 
 check: .venv/dev.done
 	$(BIN)/ruff check .
@@ -31,7 +46,7 @@ format: .venv/dev.done
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf .venv .race .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
 
 .venv/base.done: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("Gapless needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

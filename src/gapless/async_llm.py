@@ -230,9 +230,9 @@ class _Desk:
     def abandon(self, request_id: int) -> None:
         """cancel() for the garbage collector, which may run in any thread."""
         assert self._loop is not None
-        if not self._loop.is_closed():
+        try:
             self._loop.call_soon_threadsafe(self.cancel, request_id)
-        else:
+        except RuntimeError:  # the loop is closed
             self._engine.cancel([request_id])
 
     def _carry(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -24,6 +24,7 @@ from gapless.request import SamplingParams
 from gapless.text.messages import Message
 
 _SUBMIT_AT_ONCE = 64
+_TURN_SECONDS = 0.5  # between two looks at the engine of a call that waits for its turn
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -72,8 +73,8 @@ class LLM:
         self._engine = loaded.engine
         self._encoder = loaded.encoder
         weakref.finalize(self, loaded.engine.request_stop)
-        self._turn = threading.Lock()
-        self._turn_of: int | None = None
+        self._turns = threading.Condition()
+        self._turn_of: int | None = None  # the thread that has it
 
     def __enter__(self) -> Self:
         return self
@@ -259,14 +260,20 @@ class LLM:
     def _my_turn(self) -> Generator[None]:
         """One reader of the engine's outputs at a time."""
         me = threading.get_ident()
-        if self._turn_of == me and self._turn.locked():
+        if self._turn_of == me:
             raise InvalidRequestError("this thread has an unfinished stream of this LLM: finish it or close() it first")
-        with self._turn:
-            self._turn_of = me
-            try:
-                yield
-            finally:
-                self._turn_of = None
+        try:
+            with self._turns:
+                while self._turn_of is not None:
+                    self._turns.wait(_TURN_SECONDS)
+                    self._engine.check_alive()  # whoever has the turn may never look at the engine again
+                self._turn_of = me
+            yield
+        finally:
+            with self._turns:
+                if self._turn_of == me:
+                    self._turn_of = None
+                    self._turns.notify()
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:

@@ -27,3 +27,8 @@ class Committed:
     request_ids: NDArray[np.int64]
     tokens: Ints
     finished: tuple[Finished, ...] = field(default=())
+
+    @classmethod
+    def without_tokens(cls, finished: tuple[Finished, ...]) -> Committed:
+        """Ends alone."""
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32), finished)

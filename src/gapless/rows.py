@@ -13,13 +13,17 @@ MIN_STOP_WIDTH = 4
 
 
 class RowState(IntEnum):
-    """The life of a row. Only RUNNING rows are planned; the others drain until their last step has retired."""
+    """The life of a row. Only RUNNING rows are planned; the others drain until their last step has retired.
+
+    Tokens in flight count for the states before DEAD, and are discarded from there on.
+    """
 
     FREE = 0
     RUNNING = 1
     ENDING = 2  # its last token has been scheduled
     PREEMPTED = 3  # its blocks are wanted; tokens in flight still count
     DEAD = 4  # finished or cancelled; tokens in flight are overshoot
+    LOST = 5  # a step failed under it; it goes back to the queue with what is known
 
 
 class RowTable:

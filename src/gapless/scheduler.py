@@ -3,7 +3,7 @@
 Policy: first come, first served. Running rows decode first, oldest first; then prompts go on in chunks within the
 token budget; then waiting requests are admitted. When KV blocks run out, the youngest running sequence is preempted:
 its blocks come back once its steps in flight have retired, and it is recomputed from its known tokens later, before
-any request that arrived after it.
+any request that arrived after it. When a step runs out of memory, that happens to all, and the budget shrinks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gapless.blocks import NULL_BLOCK, BlockPool
+from gapless.budget import TokenBudget
 from gapless.config import SchedulerLimits
 from gapless.errors import InternalError
 from gapless.outcome import Committed, Finished
@@ -38,7 +40,11 @@ class _Sequence:
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counts since the start."""
+    """Counts since the start.
+
+    recomputed_tokens  tokens whose KV was computed and thrown away, by preemption or with a failed step
+    failed_steps       steps that ran out of memory
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -46,6 +52,7 @@ class SchedulerStats:
     recomputed_tokens: int = 0
     overshoot_rows: int = 0
     preemptions: int = 0
+    failed_steps: int = 0
 
 
 class Scheduler:
@@ -56,10 +63,11 @@ class Scheduler:
         self.pool = BlockPool(limits.num_blocks)
         self.rows = RowTable(limits.max_rows, limits.max_model_len, limits.block_columns)
         self.stats = SchedulerStats()
+        self.budget = TokenBudget(limits.max_batch_tokens)
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._cancelled_waiting = 0
-        self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first
+        self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first; lost ones too
         self._row_owner: list[_Sequence | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._draining: dict[int, None] = {}  # rows, as an ordered set
@@ -147,8 +155,9 @@ class Scheduler:
         """Decide the next step and count it as scheduled. None if no row can run before another step retires."""
         self._refresh_rows()
         decode_rows, blocks = self._plan_decodes()
-        chunk_rows, chunk_counts = self._plan_chunks(self.limits.max_batch_tokens - decode_rows.size)
-        admitted, grown = self._admit(self.limits.max_batch_tokens - decode_rows.size - sum(chunk_counts))
+        budget = self.budget.tokens - decode_rows.size
+        chunk_rows, chunk_counts = self._plan_chunks(budget)
+        admitted, grown = self._admit(budget - sum(chunk_counts))
         chunk_rows += [row for row, _ in admitted]
         chunk_counts += [count for _, count in admitted]
         if not decode_rows.size and not chunk_rows:
@@ -157,31 +166,36 @@ class Scheduler:
 
     def _plan_decodes(self) -> tuple[Ints, Ints]:
         """Rows that decode one token, and [3, U] the (row, column, block) that they gain."""
-        rows, table = self._decoding, self.rows
-        wants = table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
+        rows, wants = self._decodes_within_budget()
         needed = int(np.count_nonzero(wants))
         if not needed:
             return rows, np.zeros((3, 0), dtype=np.int32)
         if needed > self.pool.num_free:
-            self._preempt_for(needed)
-            rows = self._decoding
-            wants = table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
+            self._preempt_for_blocks()
+            rows, wants = self._decodes_within_budget()
             stalled = np.flatnonzero(wants)[self.pool.num_free :]  # the youngest wait until blocks have retired
             rows, wants = np.delete(rows, stalled), np.delete(wants, stalled)
         return rows, self._grow(rows[wants])
 
-    def _preempt_for(self, needed: int) -> None:
+    def _decodes_within_budget(self) -> tuple[Ints, NDArray[np.bool_]]:
+        """The decoding rows that the budget has room for, oldest first, and which of them want another block."""
+        rows, table, room = self._decoding, self.rows, self.budget.tokens
+        if rows.size >= room and self._prefilling.size:
+            # A prompt that is older than all of them gets a token: the oldest always goes on.
+            room -= int(table.request_id[self._prefilling[0]] < table.request_id[rows[0]])
+        rows = rows[:room]
+        return rows, table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
+
+    def _preempt_for_blocks(self) -> None:
         """Preempt youngest first until the blocks that are free, or come back by retirement, cover the need."""
         table = self.rows
         coming = int(table.num_blocks[list(self._draining)].sum()) if self._draining else 0
-        while needed > self.pool.num_free + coming:
+        while np.count_nonzero(self._decodes_within_budget()[1]) > self.pool.num_free + coming:
             running = np.concatenate((self._decoding, self._prefilling))
             if running.size <= 1:
                 raise InternalError("the oldest sequence does not fit in the KV cache on its own")
             victim = int(running[np.argmax(table.request_id[running])])
             had_free = self.pool.num_free
-            if table.length[victim] - table.computed[victim] == 1:
-                needed -= int(table.computed[victim] == table.num_blocks[victim] * self.limits.block_size)
             held = int(table.num_blocks[victim])
             self._preempt(victim)
             coming += held if self.pool.num_free == had_free else 0
@@ -235,8 +249,8 @@ class Scheduler:
         return int(np.count_nonzero((table.state == RowState.RUNNING) & (table.limit - 1 > has_room_for)))
 
     def _next_candidate(self) -> _Sequence | None:
-        """The oldest sequence without a row. None while a preempted one, which would be older, still drains."""
-        if any(self.rows.state[row] == RowState.PREEMPTED for row in self._draining):
+        """The oldest sequence without a row. None while one that will go back to the queue, and is older, drains."""
+        if any(self.rows.state[row] in (RowState.PREEMPTED, RowState.LOST) for row in self._draining):
             return None
         while self._preempted and self._preempted[0][0] not in self._sequences:
             heapq.heappop(self._preempted)
@@ -331,13 +345,11 @@ class Scheduler:
 
     def commit(self, plan: Plan, sampled: Ints) -> Committed:
         """Book the tokens of the oldest step in flight and retire it. `sampled` int32[num_samples], entry order."""
-        if plan.step != self._retired_step + 1:
-            raise InternalError(f"step {plan.step} was committed after step {self._retired_step}")
         table = self.rows
         rows = plan.rows_E if plan.num_samples == plan.rows_E.size else plan.rows_E[plan.samples_E > 0]
-        live = table.state[rows] != RowState.DEAD
+        live = table.state[rows] < RowState.DEAD
         if not live.all():
-            self.stats.overshoot_rows += int(live.size - live.sum())
+            self.stats.overshoot_rows += int(np.count_nonzero(table.state[rows] == RowState.DEAD))
             rows, sampled = rows[live], sampled[live]
         request_ids = table.request_id[rows]
         known = table.known[rows]
@@ -350,8 +362,27 @@ class Scheduler:
             assert owner is not None
             self._finish(owner, FinishReason.STOP if stopped[index] else FinishReason.LENGTH)
         self.stats.generated_tokens += rows.size
+        self.budget.step_succeeded()
         self._retire(plan.step)
         return Committed(request_ids, sampled, self.take_finished())
+
+    def abandon(self, plan: Plan) -> Committed:
+        """Retire the oldest step in flight without tokens, since it ran out of memory at a point that nobody knows.
+
+        Every unfinished sequence is recomputed, not only those of the step. If it failed before its table deltas, the
+        steps in flight behind it use old block tables, with blocks that may be anybody's by now: so nobody's row or
+        block is reused before all of them have retired.
+        """
+        table = self.rows
+        for row in np.flatnonzero((table.state > RowState.FREE) & (table.state < RowState.DEAD)).tolist():
+            if table.state[row] != RowState.PREEMPTED:  # or they are counted already
+                self.stats.recomputed_tokens += int(table.computed[row])
+            self._drain(row, RowState.LOST)
+        table.last_step[list(self._draining)] = self._next_step - 1
+        self.stats.failed_steps += 1
+        self.budget.step_failed(plan.num_tokens)
+        self._retire(plan.step)
+        return Committed.without_tokens(self.take_finished())
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         """Report the end. The row, if there is one, is freed by retirement."""
@@ -376,15 +407,17 @@ class Scheduler:
             self._release(row)
 
     def _retire(self, step: int) -> None:
+        if step != self._retired_step + 1:
+            raise InternalError(f"step {step} was retired after step {self._retired_step}")
         self._retired_step = step
         for row in [row for row in self._draining if self.rows.last_step[row] <= step]:
             self._release(row)
 
     def _release(self, row: int) -> None:
-        """Free a row and its blocks; a preempted sequence goes back to the queue with what is known."""
+        """Free a row and its blocks; a preempted or lost sequence goes back to the queue with what is known."""
         table, sequence = self.rows, self._row_owner[row]
         assert sequence is not None
-        if table.state[row] == RowState.PREEMPTED:
+        if table.state[row] in (RowState.PREEMPTED, RowState.LOST):
             sequence.tokens = table.tokens[row, : table.known[row]].copy()
             heapq.heappush(self._preempted, (sequence.request.request_id, sequence))
         elif table.state[row] != RowState.DEAD:
@@ -401,6 +434,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise InternalError if the books do not agree. Cost grows with rows; for tests and idle moments."""
         table, bs = self.rows, self.limits.block_size
+        if not 1 <= self.budget.tokens <= self.limits.max_batch_tokens:
+            raise InternalError(f"a step may have {self.budget.tokens} tokens")
         used = [row for row, owner in enumerate(self._row_owner) if owner is not None]
         owned = [table.block_table[row, : table.num_blocks[row]] for row in used]
         self.pool.check_integrity(np.concatenate(owned) if owned else _EMPTY)

@@ -139,17 +139,22 @@ def test_a_pipe_gets_each_answer_before_it_sends_the_next_line(spawn: Spawn, opt
 
 
 @pytest.mark.parametrize("to_file", [False, True])
-def test_an_interrupt_keeps_what_is_done(spawn: Spawn, options: list[str], tmp_path: Path, to_file: bool):
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupt_keeps_what_is_done(
+    spawn: Spawn, options: list[str], tmp_path: Path, number: signal.Signals, status: int, said: str, to_file: bool
+):
     target = tmp_path / "out.jsonl"
     argv = ["generate", *options, "--input", "-", "--ignore-eos"]
     process = spawn([*argv, "--output", str(target)] if to_file else argv)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    for number in range(8):
-        process.stdin.write(json.dumps({"prompt": "abc", "id": number, "max_tokens": 60_000}) + "\n")
-    for number in range(100, 103):
-        process.stdin.write(json.dumps({"prompt": "abc", "id": number, "max_tokens": 1}) + "\n")
+    for given_id in range(8):
+        process.stdin.write(json.dumps({"prompt": "abc", "id": given_id, "max_tokens": 60_000}) + "\n")
+    for given_id in range(100, 103):
+        process.stdin.write(json.dumps({"prompt": "abc", "id": given_id, "max_tokens": 1}) + "\n")
     process.stdin.write("not json\n")
     process.stdin.flush()
     lines: list[str] = []
@@ -157,14 +162,14 @@ def test_an_interrupt_keeps_what_is_done(spawn: Spawn, options: list[str], tmp_p
         assert "line 12: " in process.stderr.readline()
     else:
         lines = [process.stdout.readline() for _ in range(4)]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     text = target.read_text() if to_file else "".join(lines) + out
     assert text.endswith("\n")
     records = [json.loads(line) for line in text.splitlines()]
     assert any("error" in record for record in records)
     if not to_file:
         assert {record["id"] for record in records if "error" not in record} == {100, 101, 102}
-    assert "interrupted" in err
+    assert f"gapless: {said}; {len(records)} lines are written\n" in err
     assert "Traceback" not in err

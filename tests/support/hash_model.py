@@ -21,7 +21,7 @@ _SPREAD = 7919
 _LEVELS = 9973
 
 
-def _weights(length: int) -> Tensor:
+def position_weights(length: int) -> Tensor:
     """One factor per position, so that the hash depends on the order."""
     positions = torch.arange(1, length + 1, dtype=torch.int64)
     return (positions * _STRIDE + positions * positions * 97) % _PRIME
@@ -29,7 +29,7 @@ def _weights(length: int) -> Tensor:
 
 def prefix_hash(tokens: Sequence[int]) -> int:
     """The hash of a whole prefix in plain integers: what the model must find in its cache."""
-    factors = _weights(len(tokens)).tolist()
+    factors = position_weights(len(tokens)).tolist()
     return sum((token + 1) * factor % _PRIME for token, factor in zip(tokens, factors, strict=True)) % _PRIME
 
 
@@ -65,7 +65,7 @@ class HashModel:
 
     def __init__(self, max_position: int = 128, device: torch.device | None = None) -> None:
         self.max_position = max_position
-        self._weights_L = _weights(max_position).to(device or torch.device("cpu"))
+        self._weights_L = position_weights(max_position).to(device or torch.device("cpu"))
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         cache, size = kv[0], kv[0].block_size

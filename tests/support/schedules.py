@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gapless.config import EngineConfig
@@ -67,11 +68,17 @@ class Schedule:
     preemptions: int = 0
 
 
-def run_schedule(seed: int, lookahead: int, device: Device | None = None) -> tuple[Schedule, Harness]:
-    """Run one schedule to its end, checking the books after every step."""
+def run_schedule(
+    seed: int,
+    lookahead: int,
+    device: Device | None = None,
+    build: Callable[[EngineConfig], Harness] | None = None,
+) -> tuple[Schedule, Harness]:
+    """Run one schedule to its end, checking the books after every step. `build` makes the engine of a config."""
     rng = random.Random(seed)
     schedule = Schedule()
-    with Harness(tiny_config(lookahead, rng), device=device) as engine:
+    config = tiny_config(lookahead, rng)
+    with build(config) if build else Harness(config, device=device) as engine:
         left = rng.randrange(3, 12)
         while left or engine.loop.has_work:
             if left and (rng.random() < 0.4 or not engine.loop.has_work):

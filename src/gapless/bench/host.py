@@ -59,7 +59,7 @@ class HostRow:
 
 def measure(batch: int, context: int, queue: int, *, steps: int = 500, lookahead: int = 1) -> HostRow:
     """Time `steps` decode steps of `batch` rows that have `context` tokens each, with `queue` requests waiting."""
-    loop = _steady_loop(batch, context, queue, steps + WARM_UP_STEPS, lookahead)
+    loop = steady_loop(batch, context, queue, steps + WARM_UP_STEPS, lookahead)
     for _ in range(WARM_UP_STEPS):
         loop.step()
     times = np.zeros(steps)
@@ -85,7 +85,7 @@ def measure(batch: int, context: int, queue: int, *, steps: int = 500, lookahead
     )
 
 
-def _steady_loop(batch: int, context: int, queue: int, steps: int, lookahead: int) -> Loop:
+def steady_loop(batch: int, context: int, queue: int, steps: int, lookahead: int) -> Loop:
     """A loop whose rows all decode, with `queue` requests that find no row."""
     block_size, budget = 16, max(8192, batch)
     new_tokens = steps + -(-batch * context // budget) + lookahead + 8  # the first rows decode while others prefill

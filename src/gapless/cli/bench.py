@@ -42,6 +42,45 @@ def host(
 
 
 @app.command()
+def soak(
+    steps: Annotated[int, typer.Option(min=100, help="Steps, in 20 windows after one to warm up.")] = 100_000,
+    rows: Annotated[int, typer.Option(min=1, help="Rows; three times as many requests are there at once.")] = 32,
+    lookahead: Annotated[int, typer.Option(min=0, max=16, help="Steps ahead.")] = 1,
+    json_output: Json = False,
+) -> None:
+    """A long run of requests that come, end, are cancelled and preempted: what the host keeps, and its time per step.
+
+    On a device that does nothing. Tensors are those of host and device, pinned is what was ever lent.
+    """
+    from gapless.bench.soak import STEADY_STEPS, Soak, as_json
+
+    report = Soak.build(rows, lookahead).run(steps)
+    print(
+        f"{'steps':>8} {'us/step':>8} {'CPU us':>7} {'objects':>9} {'blocks':>9} {'tensors':>10} {'pinned':>9} "
+        f"{'resident':>10} {'cyclic':>7}"
+    )
+    for number, window in enumerate(report.windows, 1):
+        print(
+            f"{number * report.window_steps:>8} {window.wall_us:>8} {window.cpu_us:>7} {window.objects:>9} "
+            f"{window.blocks:>9} {window.tensor_bytes:>10} {window.pinned_bytes:>9} "
+            f"{window.resident_bytes / 2**20:>6.1f} MiB {window.cyclic:>7}"
+        )
+    ended = ", ".join(f"{count} {reason.value}" for reason, count in report.ended.items())
+    print(f"requests ended: {ended}; {report.stats.preemptions} preemptions")
+    grown = ", ".join(
+        f"{report.growth_per_100k(field):+.0f} {field.replace('_', ' ')}"
+        for field in ("objects", "blocks", "tensor_bytes", "pinned_bytes")
+    )
+    print(
+        f"growth per 100,000 steps: {grown}; time end/start: {report.ratio('wall_us'):.3f}, "
+        f"CPU {report.ratio('cpu_us'):.3f}; function calls per decode step: "
+        f"{report.calls_before / STEADY_STEPS:.2f} before, {report.calls_after / STEADY_STEPS:.2f} after"
+    )
+    if json_output:
+        print(json.dumps(as_json(report)))
+
+
+@app.command()
 def decode(
     shape: Annotated[str, typer.Option(help="llama-8b, llama-1b, smollm2-135m, or a config.json.")] = "smollm2-135m",
     requests: Annotated[int, typer.Option(min=1, help="Requests, all running at once.")] = 32,
@@ -100,3 +139,34 @@ def decode(
         print("the tokens of the runs differ", file=sys.stderr)
     if json_output:
         print(json.dumps(summary))
+
+
+@app.command()
+def predict(
+    host_us: Annotated[list[float], typer.Option(min=0.0, help="What a step costs the host; repeatable.")],
+    device_us: Annotated[float, typer.Option(min=1e-3, help="What a step costs the device.")],
+    lookahead: Annotated[list[int] | None, typer.Option(help="Steps ahead; repeatable. Default 0, 1, 2.")] = None,
+    copy_us: Annotated[float, typer.Option(min=0.0, help="What each of a step's two copies costs.")] = 0.0,
+    jitter: Annotated[
+        float, typer.Option(min=0.0, max=3.0, help="How the host's cost varies: standard deviation over mean.")
+    ] = 0.0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps to simulate.")] = 500,
+    json_output: Json = False,
+) -> None:
+    """Predict the device's idle share from what a step costs: the real loop in virtual time, no device needed."""
+    from gapless.bench.predict import as_json
+    from gapless.bench.predict import predict as predict_one
+
+    results = [
+        predict_one(ahead, host=us * 1e-6, device=device_us * 1e-6, copy=copy_us * 1e-6, jitter=jitter, steps=steps)
+        for us in host_us
+        for ahead in lookahead or [0, 1, 2]
+    ]
+    print(f"{'host us':>9} {'device us':>10} {'lookahead':>10} {'us/step':>9} {'idle':>7}")
+    for result in results:
+        print(
+            f"{result.host * 1e6:>9.1f} {result.device * 1e6:>10.1f} {result.lookahead:>10} "
+            f"{result.step_seconds * 1e6:>9.1f} {result.idle_share:>7.1%}"
+        )
+    if json_output:
+        print(json.dumps(as_json(results)))

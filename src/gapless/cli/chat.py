@@ -10,6 +10,7 @@ import typer
 
 from gapless.cli import options
 from gapless.cli.setup import load_llm, make_config, warn
+from gapless.cli.signals import INTERRUPTED
 from gapless.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Conversation:
             except KeyboardInterrupt:
                 self._print("\n")
                 if interrupted or not self._at_terminal:
-                    raise typer.Exit(130) from None
+                    raise typer.Exit(INTERRUPTED) from None
                 self._print("Ctrl-C again or /exit leaves.\n")
                 interrupted = True
                 continue
@@ -121,7 +122,7 @@ class Conversation:
             self._print(" [stopped]")
             if not self._at_terminal:
                 self._print("\n")
-                raise typer.Exit(130) from None
+                raise typer.Exit(INTERRUPTED) from None
         except InvalidRequestError as error:
             warn(f"error: {error}; /reset starts anew")
             return

@@ -9,6 +9,7 @@ import typer
 from gapless.cli import options
 from gapless.cli.files import STANDARD, check_files, open_lines, open_results
 from gapless.cli.setup import load_llm, make_config, warn
+from gapless.cli.signals import INTERRUPTED, Terminated, leave_on_signal
 from gapless.errors import ConfigError
 
 
@@ -57,7 +58,7 @@ def generate(
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
     A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. Lines
-    come as they are finished; Ctrl-C keeps them.
+    come as they are finished; Ctrl-C and SIGTERM keep them.
     """
     if bool(prompts) == (source is not None):
         raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
@@ -97,8 +98,12 @@ def generate(
                 try:
                     run.run()
                 except KeyboardInterrupt:
+                    leave_on_signal()
                     warn(f"interrupted; {writer.written} lines are written")
-                    raise typer.Exit(130) from None
+                    raise typer.Exit(INTERRUPTED) from None
+                except Terminated:
+                    warn(f"terminated; {writer.written} lines are written")
+                    raise
                 failed = run.errors
         elif target is not None:
             with open_results(target) as writer:

@@ -1,12 +1,11 @@
 """The program `gapless`: its commands, and what becomes of errors.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -15,6 +14,7 @@ import typer
 from gapless import __version__
 from gapless.cli import bench, chat, env, generate, options
 from gapless.cli.setup import warn
+from gapless.cli.signals import INTERRUPTED, TERMINATED, Terminated, leave_on_signal, sigterm_raises
 from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
 
 app = typer.Typer(
@@ -58,15 +58,12 @@ def root(
     pass
 
 
-def _leave_at_once(_number: int, _frame: object) -> None:
-    os._exit(130)
-
-
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
     try:
-        app(args=argv, prog_name="gapless")
+        with sigterm_raises():
+            app(args=argv, prog_name="gapless")
     except GaplessError as error:
         if os.environ.get("GAPLESS_DEBUG") == "1":
             raise
@@ -78,6 +75,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         warn(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, _leave_at_once)  # a second one does not wait for the step in hand
-        sys.exit(130)
+        leave_on_signal()
+        sys.exit(INTERRUPTED)
+    except Terminated:
+        sys.exit(TERMINATED)
     sys.exit(0)

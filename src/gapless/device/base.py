@@ -6,7 +6,10 @@
 - Work must not be assumed to have run when `enqueue` returns: everything that it touches has to live, unchanged,
   until an event recorded after it has fired.
 - An exception in enqueued work surfaces in `Event.synchronize` of every later event of that stream and of those that
-  waited for it.
+  waited for it; what is queued behind it is skipped.
+- Running out of memory is an exception that passes. It surfaces as OutOfMemoryError in the events recorded next, up to
+  and with the first one behind the work that failed; a stream that waits for such an event skips the work queued next
+  and tells it in the same way. What is queued after that runs again, on whatever the failed work left behind.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from gapless.device.base import Access, Event, Graph, Note, Stream
+from gapless.device.faults import Faults
 from gapless.errors import InternalError
 
 MAX_CPU_MEMORY = 2**40  # stands in where the system does not tell
@@ -61,7 +62,7 @@ class CpuStream:
     def __init__(self, name: str) -> None:
         self.name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
+        self._faults = Faults()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"gapless-{name}", daemon=True)
         self._thread.start()
@@ -69,12 +70,12 @@ class CpuStream:
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         if self._closed:
             raise InternalError(f"stream {self.name} is closed")
-        self._queue.put(lambda: self._attempt(work))
+        self._queue.put(lambda: self._faults.run(work))
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)
         mark = event.mark = _Mark()
-        self._queue.put(lambda: mark.fire(self._error))
+        self._queue.put(lambda: mark.fire(self._faults.carried()))
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)
@@ -94,16 +95,9 @@ class CpuStream:
             while (task := self._queue.get()) is not None:
                 task()
 
-    def _attempt(self, work: Callable[[], None]) -> None:
-        if self._error is None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the stream
-                self._error = error
-
     def _wait_for(self, mark: _Mark) -> None:
         mark.fired.wait()
-        self._error = self._error or mark.error
+        self._faults.inherit(mark.error)
 
 
 class CpuGraph:

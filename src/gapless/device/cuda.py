@@ -10,15 +10,19 @@ import torch
 from numpy.typing import NDArray
 
 from gapless.device.base import Access, Event, Graph, Note, Stream
+from gapless.device.faults import Faults
 from gapless.errors import ConfigError, InternalError
 
 
 class CudaEvent:
     def __init__(self, *, timed: bool) -> None:
         self.raw = torch.cuda.Event(enable_timing=timed)
+        self.error: BaseException | None = None
 
     def synchronize(self) -> None:
         self.raw.synchronize()
+        if self.error is not None:
+            raise self.error
 
     def done(self) -> bool:
         return self.raw.query()
@@ -30,20 +34,25 @@ class CudaEvent:
 
 
 class CudaStream:
+    """Work raises on the host, while it is enqueued; it is kept for the events, as if the device had raised it."""
+
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
         self.raw = torch.cuda.Stream(device)
+        self._faults = Faults()
 
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         with torch.cuda.stream(self.raw):
-            work()
+            self._faults.run(work)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
+        event.error = self._faults.carried()
         event.raw.record(self.raw)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
+        self._faults.inherit(event.error)
         self.raw.wait_event(event.raw)
 
 
@@ -95,8 +104,10 @@ class CudaDevice:
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:
         assert isinstance(stream, CudaStream)
         torch.cuda.synchronize(self.torch_device)
+        done = self.event()
         stream.enqueue(work)
-        stream.raw.synchronize()
+        stream.record(done)
+        done.synchronize()
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.torch_device)

@@ -6,7 +6,7 @@ KV blocks are declared one by one, slot buffers as a whole: a slot is lent as a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -33,32 +33,28 @@ def copy_out_accesses(slot: Slot) -> list[Access]:
     ]
 
 
-def compute_accesses(slot: Slot, shape: StepShape, tables: DeviceTables, kv: Sequence[LayerKV]) -> list[Access]:
+def compute_accesses(slot: Slot, shape: StepShape, tables: DeviceTables, kv: Sequence[LayerKV]) -> Generator[Access]:
     """Of the compute stage: a row's block table after the step's own deltas says which KV blocks it reads."""
+    yield Access(f"device in {slot.letter}", slot.device_in, None, False)
     inputs = StepInputs.of(slot.device_in, shape)
-    rows_E, kv_len_E = inputs.rows_E.numpy(), inputs.kv_len_E.numpy()
     token_rows_T, positions_T = inputs.token_rows_T.numpy(), inputs.positions_T.numpy()
     sample_rows_S, updated_U = inputs.sample_rows_S.numpy(), inputs.block_rows_U.numpy()
+    yield Access("block table", tables.block_table_RC, updated_U, True)
+    yield Access("block table", tables.block_table_RC, token_rows_T, False)
+    yield Access("last token", tables.last_token_R, token_rows_T, False)
+    yield Access("last token", tables.last_token_R, sample_rows_S, True)
+    for name, table in tables.sampling.by_name():
+        yield Access(name, table, inputs.param_rows_A.numpy(), True)
+        yield Access(name, table, sample_rows_S, False)
     table_RC = tables.block_table_RC.numpy().copy()
     table_RC[updated_U, inputs.block_columns_U.numpy()] = inputs.block_ids_U.numpy()
     block_size = kv[0].block_size
-    columns = np.arange(table_RC.shape[1])
-    read_blocks = table_RC[rows_E][columns < -(-kv_len_E[:, None] // block_size)]
+    lengths_E1 = inputs.kv_len_E.numpy()[:, None]
+    read_blocks = table_RC[inputs.rows_E.numpy()][np.arange(table_RC.shape[1]) < -(-lengths_E1 // block_size)]
     written_blocks = table_RC[token_rows_T, positions_T // block_size]
-    uses = [
-        Access(f"device in {slot.letter}", slot.device_in, None, False),
-        Access("block table", tables.block_table_RC, updated_U, True),
-        Access("block table", tables.block_table_RC, token_rows_T, False),
-        Access("last token", tables.last_token_R, token_rows_T, False),
-        Access("last token", tables.last_token_R, sample_rows_S, True),
-    ]
-    if shape.samples:
-        uses.append(Access(f"device out {slot.letter}", slot.device_out, None, True))
-    for name, table in tables.sampling.by_name():
-        uses.append(Access(name, table, inputs.param_rows_A.numpy(), True))
-        uses.append(Access(name, table, sample_rows_S, False))
     for layer, cache in enumerate(kv):
         for name, tensor in (("keys", cache.k_BKSD), ("values", cache.v_BKSD)):
-            uses.append(Access(f"{name} {layer}", tensor, written_blocks, True))
-            uses.append(Access(f"{name} {layer}", tensor, read_blocks, False))
-    return uses
+            yield Access(f"{name} {layer}", tensor, written_blocks, True)
+            yield Access(f"{name} {layer}", tensor, read_blocks, False)
+    if shape.samples:
+        yield Access(f"device out {slot.letter}", slot.device_out, None, True)

@@ -55,7 +55,7 @@ def build_loop(
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
     runner, slots = _build_runner(model, config, device, sampler, kv, limits)
     if config.graphs and device.captures_graphs:
-        runner.graphs.capture(slots.slots, _capturer(runner, limits))
+        runner.graphs.capture(slots.slots, capturer(runner, limits))
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
 
@@ -78,7 +78,9 @@ def _build_runner(
     return Runner(model, device, sampler, kv, tables, graphs), slots
 
 
-def _capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
+def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
+    """For GraphTable.capture: what captures a decode step of padding on a slot."""
+
     def capture(slot: Slot, shape: StepShape) -> Graph:
         extent = Extent(num_decodes=shape.entries, max_query=1, max_kv=limits.max_model_len, all_greedy=False)
         fill(empty_plan(), _no_tokens(), slot.packed, shape, runner.scratch_row)

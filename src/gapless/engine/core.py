@@ -6,11 +6,11 @@ import atexit
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gapless.engine.admission import Admission
@@ -19,9 +19,6 @@ from gapless.errors import ConfigError, EngineDeadError
 from gapless.outcome import Committed
 from gapless.request import Request, SamplingParams
 from gapless.scheduler import SchedulerStats
-
-_NO_IDS = np.zeros(0, dtype=np.int64)
-_NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +32,16 @@ class EngineFailure:
 class EngineStats:
     """Counts and times since the start of the engine.
 
-    busy_seconds   time that the compute stream spent in compute stages, by device events
-    active_seconds wall time during which there was work
+    busy_seconds            time that the compute stream spent in compute stages, by device events
+    active_seconds          wall time during which there was work
+    seconds_since_progress  wall time since the last step ended or work came, 0.0 without work. More than a step can
+                            take means that the engine is stalled
     """
 
     scheduler: SchedulerStats
     busy_seconds: float
     active_seconds: float
+    seconds_since_progress: float
 
     @property
     def busy_share(self) -> float:
@@ -66,6 +66,7 @@ class Engine:
         self._error: BaseException | None = None
         self._active_seconds = 0.0
         self._active_since: float | None = None
+        self._progress_at = 0.0
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a worker inside torch must not outlive the interpreter
@@ -78,7 +79,7 @@ class Engine:
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests made by make_request, in this order. Raises EngineDeadError."""
-        self._check_alive()
+        self.check_alive()
         for request in requests:
             self._inbox.put(request)
         self._wake.set()
@@ -93,12 +94,19 @@ class Engine:
     def alive(self) -> bool:
         return self._error is None and not self._closing and self._thread.is_alive()
 
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if the engine has failed or was closed."""
+        if not self.alive:
+            raise self._death()
+
     def stats(self) -> EngineStats:
         """A snapshot; exact once the engine is idle."""
-        active, since = self._active_seconds, self._active_since
+        active, since, progress_at = self._active_seconds, self._active_since, self._progress_at
+        now, stalled = time.perf_counter(), 0.0
         if since is not None:
-            active += time.perf_counter() - since
-        return EngineStats(replace(self._loop.scheduler.stats), self._loop.slots.busy_seconds, active)
+            active += now - since
+            stalled = now - max(since, progress_at)
+        return EngineStats(replace(self._loop.scheduler.stats), self._loop.slots.busy_seconds, active, stalled)
 
     def set_lookahead(self, lookahead: int) -> None:
         """Run with fewer steps in flight than the engine was built for, or with all again. Only while idle.
@@ -130,6 +138,7 @@ class Engine:
                 self._intake()
                 while self._loop.has_work and not self._closing:
                     self._loop.step()
+                    self._progress_at = time.perf_counter()
                     self._intake()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting request
             self._error = error
@@ -139,16 +148,22 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - a device that failed often fails again when it is closed
                 self._error = self._error or error
             finally:
+                self._stop_clock()
+                _drop_locals(self._error)
                 atexit.unregister(self.close)
                 self.outputs.put(EngineFailure(self._death()))
 
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""
+        self._stop_clock()
+        self._wake.wait()
+        self._active_since = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        """There is no work from now on."""
         if self._active_since is not None:
             self._active_seconds += time.perf_counter() - self._active_since
             self._active_since = None
-        self._wake.wait()
-        self._active_since = time.perf_counter()
 
     def _intake(self) -> None:
         """Hand new requests and cancels to the scheduler."""
@@ -163,11 +178,7 @@ class Engine:
             else:
                 scheduler.cancel(command)
         if finished := scheduler.take_finished():
-            self.outputs.put(Committed(_NO_IDS, _NO_TOKENS, finished))
-
-    def _check_alive(self) -> None:
-        if not self.alive:
-            raise self._death()
+            self.outputs.put(Committed.without_tokens(finished))
 
     def _death(self) -> EngineDeadError:
         if self._error is None:
@@ -175,3 +186,12 @@ class Engine:
         error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}")
         error.__cause__ = self._error
         return error
+
+
+def _drop_locals(error: BaseException | None) -> None:
+    """Empty the frames of an error and of what led to it: they hold the model, and callers hold the error."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        traceback.clear_frames(error.__traceback__)
+        seen.append(error)
+        error = error.__cause__ or error.__context__

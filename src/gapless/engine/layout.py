@@ -53,7 +53,8 @@ class Sections:
     total: int
 
 
-@lru_cache(maxsize=4096)
+# The buckets of decode steps come again and again. Other shapes hardly do, and would only pile up in a larger cache.
+@lru_cache(maxsize=64)
 def sections_of(shape: StepShape) -> Sections:
     """The layout of a shape; tokens, then entries, samples, updates and parameters."""
     t, e, s, u, a = shape.tokens, shape.entries, shape.samples, shape.updates, shape.admitted

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from gapless.engine.fill import fill
 from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot, SlotRing
-from gapless.errors import InternalError
+from gapless.errors import InternalError, OutOfMemoryError
 from gapless.outcome import Committed
 from gapless.plan import Plan
 from gapless.scheduler import Scheduler
@@ -46,11 +46,19 @@ class Loop:
             self.runner.launch(plan, slot, shape)
             self._in_flight.append((plan, slot))
         if len(self._in_flight) > self.lookahead or (plan is None and self._in_flight):
-            plan, slot = self._in_flight.popleft()
-            sampled = self.slots.collect(slot)
-            self.publish(self.scheduler.commit(plan, sampled))
+            self.publish(self._collect(*self._in_flight.popleft()))
         elif plan is None:
             raise InternalError("there is work, but nothing can run and nothing is in flight")
+
+    def _collect(self, plan: Plan, slot: Slot) -> Committed:
+        """Wait for a step and book what it brought: nothing, if it ran out of memory."""
+        try:
+            sampled = self.slots.collect(slot)
+        except OutOfMemoryError as error:
+            if plan.num_tokens == 1:
+                raise OutOfMemoryError(f"there is no memory for a step of even one token: {error}") from error
+            return self.scheduler.abandon(plan)
+        return self.scheduler.commit(plan, sampled)
 
     def close(self) -> None:
         """Give up what is in flight and end the device's streams."""

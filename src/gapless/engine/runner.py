@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,7 @@ class Runner:
             lambda: self.compute_step(slot, shape, extent), self.compute, lambda: self._accesses(slot, shape)
         )
 
-    def _accesses(self, slot: Slot, shape: StepShape) -> list[Access]:
+    def _accesses(self, slot: Slot, shape: StepShape) -> Iterable[Access]:
         return compute_accesses(slot, shape, self.tables, self._kv)
 
     def close(self) -> None:

@@ -40,7 +40,10 @@ class Slot:
         return chr(ord("A") + self.index)
 
     def collect(self) -> Ints:
-        """Wait for the step and return its sampled tokens: the only place where the host waits."""
+        """Wait for the step and return its sampled tokens: the only place where the host waits.
+
+        Raises OutOfMemoryError if the step failed for want of memory, and what else its work raised.
+        """
         self.d2h_done.synchronize()
         return self._sampled[: self.num_samples].copy()
 
@@ -63,10 +66,13 @@ class SlotRing:
         return slot
 
     def collect(self, slot: Slot) -> Ints:
-        """Wait for the slot's step, book its compute time, free the slot and return the sampled tokens."""
+        """Wait for the slot's step, book its compute time, free the slot and return the sampled tokens.
+
+        Raises what Slot.collect raises. The slot is free then, too: nothing of its step is queued any more.
+        """
+        slot.in_flight = False
         sampled = slot.collect()
         self.busy_seconds += slot.compute_done.seconds_since(slot.compute_begin)
-        slot.in_flight = False
         return sampled
 
     def check_integrity(self, steps_in_flight: int) -> None:

@@ -15,7 +15,9 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cache
+from types import CodeType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +26,13 @@ from numpy.typing import NDArray
 from gapless.device.base import Access, Event, Graph, Note, Stream
 from gapless.device.sim.frame import Frame
 from gapless.device.sim.order import Order, Ready
-from gapless.device.sim.races import HOST, Clock, RaceChecker
+from gapless.device.sim.races import HOST, CallSite, Clock, RaceChecker
 from gapless.device.sim.timeline import Span, Timeline
 from gapless.errors import InternalError, OutOfMemoryError
 
 POISON = -1_163_005_939  # what released int32 memory holds: no token, no row, no block
 TICK = 1e-6  # virtual seconds that everything takes where no cost is given
-_SIM_FILES = "/device/sim/"
-_OTHER_FILES = ("/numpy/", "/torch/")
-
-Array = TypeVar("Array", bound=np.ndarray[Any, Any])
+_NOT_SITES = ("/device/sim/", "/numpy/", "/torch/")  # code that a call site is not in
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +52,7 @@ class _Work:
     note: Note
     clock: Clock
     queued_at: float
-    where: str
+    site: CallSite
 
 
 @dataclass(slots=True, eq=False)
@@ -103,10 +102,10 @@ class SimStream:
         self._device = device
 
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-        self._device.host_acts()
+        note = note or Note("work", -1, "")
+        self._device.host_prepares(note)
         self.queued += 1
         clock = self._device.checker.fork(0)
-        note = note or Note("work", -1, "")
         self.queue.append(_Work(work, note, clock, self._device.now, call_site()))
 
     def record(self, event: Event) -> None:
@@ -161,6 +160,7 @@ class SimDevice:
     order             decides what runs next; see order.py.
     captures_graphs   run decode steps padded to buckets, as replays.
     cost              virtual seconds that a piece of work takes; None: ticks.
+    host_cost         virtual seconds that the host needs before it queues a piece of work; None: none.
     audit             run each piece of work with everything that it did not declare scrambled; see frame.py.
     """
 
@@ -172,6 +172,7 @@ class SimDevice:
         *,
         captures_graphs: bool = True,
         cost: Callable[[Note], float] | None = None,
+        host_cost: Callable[[Note], float] | None = None,
         audit: bool = False,
     ) -> None:
         self.order = order
@@ -182,6 +183,7 @@ class SimDevice:
         self.now = 0.0  # the host's virtual time
         self.waited = 0.0  # virtual seconds that the host spent waiting
         self._cost = cost
+        self._host_cost = host_cost
         self._frame = Frame() if audit else None
         self._streams: list[SimStream] = []
         self._running: tuple[SimStream, _Work] | None = None
@@ -192,8 +194,7 @@ class SimDevice:
 
     def stream(self, name: str) -> SimStream:
         stream = SimStream(self, name, self.checker.add_thread(name))
-        self._streams.append(stream)
-        self.timeline.lanes.append(name)
+        self.adopt(stream)
         return stream
 
     def event(self, name: str = "", *, timed: bool = False) -> SimEvent:
@@ -237,6 +238,11 @@ class SimDevice:
 
     # ------------------------------------------------------------ what it adds
 
+    def adopt(self, stream: SimStream) -> None:
+        """Simulate this stream too."""
+        self._streams.append(stream)
+        self.timeline.lanes.append(stream.name)
+
     def spend(self, name: str, seconds: float, step: int = -1, slot: str = "") -> None:
         """Let the host take this much virtual time."""
         self.timeline.add(Span(HOST, name, step, slot, self.now, self.now + seconds))
@@ -247,10 +253,15 @@ class SimDevice:
         self._tick()
         self.timeline.add(Span(HOST, name, step, slot, self.now, self.now))
 
-    def poison(self, tensor: torch.Tensor, name: str, units: NDArray[np.integer] | None = None) -> None:
-        """Fill released memory with rubbish, as the host's write: its readers must all be known to have ended."""
+    def poison(
+        self, tensor: torch.Tensor, name: str, units: NDArray[np.integer] | None = None, value: int = POISON
+    ) -> None:
+        """Fill released memory with rubbish, as the host's write: its readers must all be known to have ended.
+
+        value  for integers; floats become NaN.
+        """
         self.checker.use(0, name, tensor, units, True, "released", call_site())
-        rubbish = float("nan") if tensor.is_floating_point() else POISON
+        rubbish = float("nan") if tensor.is_floating_point() else value
         if units is None:
             tensor.fill_(rubbish)
         else:
@@ -271,9 +282,16 @@ class SimDevice:
         while (ready := self._ready()) and (chosen := self.order.pick(ready, self.now)) is not None:
             self._run(self._streams[ready[chosen].stream])
 
-    def host_uses(self, tensor: torch.Tensor, name: str, *, write: bool) -> None:
+    def host_prepares(self, note: Note) -> None:
+        """Before the host queues a piece of work."""
+        if self._host_cost is not None and (seconds := self._host_cost(note)):
+            self.spend("prepare", seconds, note.step, note.slot)
         self.host_acts()
-        self.checker.use(0, name, tensor, None, write, "host", call_site())
+
+    def host_uses(self, tensor: torch.Tensor, name: str, *, write: bool) -> None:
+        if not self.checker.knows(0, tensor.data_ptr(), write=write):
+            self.host_acts()
+            self.checker.use(0, name, tensor, None, write, "host", call_site())
 
     def host_waits_for(self, event: SimEvent) -> None:
         self.host_acts()
@@ -301,10 +319,12 @@ class SimDevice:
         """Run work of the piece in hand, booking what it declares."""
         assert self._running is not None
         stream, piece = self._running
-        declared = list(accesses())
+        declared: list[Access] = []
         what = f"{piece.note.name} {piece.note.step} {piece.note.slot}".rstrip()
-        for name, buffer, units, write in declared:
-            self.checker.use(stream.thread, name, buffer, units, write, what, piece.where)
+        for access in accesses():
+            declared.append(access)
+            name, buffer, units, write = access
+            self.checker.use(stream.thread, name, buffer, units, write, what, piece.site)
         if self._frame is not None and declared:
             self._frame.run(work, declared, what)
         else:
@@ -384,12 +404,15 @@ class SimDevice:
             self.now += TICK
 
 
-def call_site() -> str:
-    """file:line of the nearest caller outside the simulator."""
+def call_site() -> CallSite:
+    """The nearest caller outside the simulator."""
     frame = inspect.currentframe()
     assert frame is not None
-    while frame.f_back is not None and (
-        _SIM_FILES in (name := frame.f_code.co_filename) or any(part in name for part in _OTHER_FILES)
-    ):
+    while frame.f_back is not None and _is_inside(frame.f_code):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
+    return frame.f_code, frame.f_lineno
+
+
+@cache
+def _is_inside(code: CodeType) -> bool:
+    return any(part in code.co_filename for part in _NOT_SITES)

@@ -11,7 +11,9 @@ as (thread, epoch) pairs as in Flanagan and Freund, "FastTrack", PLDI 2009.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import CodeType
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from numpy.typing import NDArray
 HOST = "host"
 MAX_THREADS = 8  # the host and seven streams
 Clock = list[int]
+CallSite = tuple[CodeType, int]
+"""The code that was running, and its line."""
+_Key = tuple[int, bool, int, int, bool]  # address, whole, thread, epoch, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,13 @@ class Use:
     epoch: int
     write: bool
     what: str
-    where: str
+    site: CallSite
+
+    @property
+    def where(self) -> str:
+        """file:line function."""
+        code, line = self.site
+        return f"{code.co_filename.rsplit('/', 1)[-1]}:{line} {code.co_name}"
 
     def __str__(self) -> str:
         return f"{self.thread} {'writes' if self.write else 'reads'} ({self.what}, {self.where})"
@@ -51,7 +62,7 @@ class Race:
         return f"race on {where}: {self.first} and {self.second}; missing: {self.missing}"
 
 
-class _History:
+class _Units:
     """The last write of each unit, and each thread's last read since then. Epoch 0 is never."""
 
     def __init__(self, name: str, units: int) -> None:
@@ -59,7 +70,17 @@ class _History:
         self.writer = np.zeros(units, dtype=np.int64)
         self.written = np.zeros(units, dtype=np.int64)
         self.read = np.zeros((MAX_THREADS, units), dtype=np.int64)
-        self.last: tuple[int, int, bool] | None = None  # of a use of the whole buffer
+
+
+class _Whole:
+    """The same for a buffer that is always used as a whole."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.writer = 0
+        self.written = 0
+        self.read = [0] * MAX_THREADS
+        self.last: tuple[int, int, bool] = (-1, 0, False)  # thread, epoch, write of the last use
 
 
 class RaceChecker:
@@ -70,8 +91,9 @@ class RaceChecker:
         self.clocks: list[Clock] = []
         self._threads: list[str] = []
         self._records: list[tuple[list[int], list[str]]] = []
-        self._histories: dict[tuple[int, bool], _History] = {}
-        self._uses: dict[tuple[int, bool, int, int, bool], Use] = {}
+        self._units: dict[int, _Units] = {}  # by address
+        self._wholes: dict[int, _Whole] = {}
+        self._uses: dict[_Key, Use] = {}
         self.add_thread(HOST)
 
     def add_thread(self, name: str) -> int:
@@ -102,6 +124,18 @@ class RaceChecker:
         epochs.append(epoch)
         names.append(event)
 
+    def uses(self) -> Iterator[tuple[str, Use]]:
+        """Every kind of use that was booked, with the buffer's name: one for each epoch."""
+        names: dict[int, str] = {address: each.name for address, each in self._wholes.items()}
+        names.update((address, each.name) for address, each in self._units.items())
+        for key, use in self._uses.items():
+            yield names[key[0]], use
+
+    def knows(self, thread: int, buffer: int, *, write: bool) -> bool:
+        """Whether the last use of the whole buffer at this address was the same one, so that nothing need be booked."""
+        whole = self._wholes.get(buffer)
+        return whole is not None and whole.last == (thread, self.clocks[thread][thread], write)
+
     def use(
         self,
         thread: int,
@@ -110,56 +144,65 @@ class RaceChecker:
         units: NDArray[np.integer] | None,
         write: bool,
         what: str,
-        where: str,
+        where: CallSite,
     ) -> None:
         """Book a use and find the races with earlier ones."""
-        clock = self.clocks[thread]
-        epoch = clock[thread]
-        key = (buffer.data_ptr(), units is None)
-        history = self._histories.get(key)
-        if history is None:
-            history = self._histories[key] = _History(name, 1 if units is None else buffer.shape[0])
+        address, epoch = buffer.data_ptr(), self.clocks[thread][thread]
+        key = (address, units is None, thread, epoch, write)
         if units is None:
-            if history.last == (thread, epoch, write):
-                return
-            history.last = (thread, epoch, write)
-            index: NDArray[np.integer] = np.zeros(1, dtype=np.int64)
-        elif units.size == 0:
-            return
+            self._uses.setdefault(key, Use(self._threads[thread], epoch, write, what, where))
+            self._use_whole(address, name, key)
+        elif units.size:
+            self._uses.setdefault(key, Use(self._threads[thread], epoch, write, what, where))
+            self._use_units(address, name, key, buffer.shape[0], units)
+
+    def _use_whole(self, address: int, name: str, key: _Key) -> None:
+        whole = self._wholes.get(address)
+        if whole is None:
+            whole = self._wholes[address] = _Whole(name)
+        _, _, thread, epoch, write = key
+        whole.last = (thread, epoch, write)
+        clock = self.clocks[thread]
+        if whole.written > clock[whole.writer]:
+            self._report(whole.name, -1, (address, True, whole.writer, whole.written, True), key)
+        if write:
+            for reader, seen in enumerate(whole.read):
+                if seen > clock[reader]:
+                    self._report(whole.name, -1, (address, True, reader, seen, False), key)
+                    break
+            whole.writer, whole.written = thread, epoch
+            whole.read = [0] * MAX_THREADS
         else:
-            index = units
-        use_key = (*key, thread, epoch, write)
-        if use_key not in self._uses:
-            self._uses[use_key] = Use(self._threads[thread], epoch, write, what, where)
-        now = np.asarray(clock)
-        writer, written = history.writer[index], history.written[index]
+            whole.read[thread] = epoch
+
+    def _use_units(self, address: int, name: str, key: _Key, size: int, index: NDArray[np.integer]) -> None:
+        units = self._units.get(address)
+        if units is None:
+            units = self._units[address] = _Units(name, size)
+        _, _, thread, epoch, write = key
+        now = np.asarray(self.clocks[thread])
+        writer, written = units.writer[index], units.written[index]
         late = written > now[writer]
         if late.any():
-            at = int(np.argmax(late))
-            self._report(history, key, int(index[at]), (int(writer[at]), int(written[at]), True), use_key)
+            at = int(late.argmax())
+            earlier = (address, False, int(writer[at]), int(written[at]), True)
+            self._report(units.name, int(index[at]), earlier, key)
         if write:
-            unordered = history.read[:, index] > now[:, None]
+            read = units.read[:, index]
+            unordered = read > now[:, None]
             if unordered.any():
-                reader, at = np.unravel_index(int(np.argmax(unordered)), unordered.shape)
-                seen = int(history.read[reader, index[at]])
-                self._report(history, key, int(index[at]), (int(reader), seen, False), use_key)
-            history.writer[index] = thread
-            history.written[index] = epoch
-            history.read[:, index] = 0
+                reader, at = divmod(int(unordered.argmax()), index.size)
+                earlier = (address, False, reader, int(read[reader, at]), False)
+                self._report(units.name, int(index[at]), earlier, key)
+            units.writer[index] = thread
+            units.written[index] = epoch
+            units.read[:, index] = 0
         else:
-            history.read[thread, index] = epoch
+            units.read[thread, index] = epoch
 
-    def _report(
-        self,
-        history: _History,
-        key: tuple[int, bool],
-        unit: int,
-        earlier: tuple[int, int, bool],
-        later: tuple[int, bool, int, int, bool],
-    ) -> None:
-        first, second = self._uses[(*key, *earlier)], self._uses[later]
-        missing = self._missing(earlier[0], earlier[1], later[2], later[3])
-        self.races.append(Race(history.name, -1 if key[1] else unit, first, second, missing))
+    def _report(self, name: str, unit: int, earlier: _Key, later: _Key) -> None:
+        missing = self._missing(earlier[2], earlier[3], later[2], later[3])
+        self.races.append(Race(name, unit, self._uses[earlier], self._uses[later], missing))
 
     def _missing(self, first: int, first_epoch: int, second: int, second_epoch: int) -> str:
         """The event that would order the two uses."""

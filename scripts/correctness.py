@@ -1,0 +1,92 @@
+"""Fills the measured parts of docs/correctness.md: the fault table, a shrunk replay, the idle table, the last race.
+
+PYTHONPATH=tests python scripts/correctness.py [faults] [replay] [race] [idle]     (all without arguments)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from support.sim.faults import FAULTS, hunt, table
+from support.sim.race import STATE, State, describe, fingerprint
+from support.sim.rig import run
+from support.sim.schedule import generate
+from support.sim.shrink import shrink
+
+DOCS = Path(__file__).parents[1] / "docs" / "correctness.md"
+SHOWN_FAULT = "a slot is refilled before its d2h_done"
+
+
+def faults() -> str:
+    """The table of planted faults."""
+    return table()
+
+
+def replay() -> str:
+    """A planted fault's first schedule, made small."""
+    fault = next(fault for fault in FAULTS if fault.name == SHOWN_FAULT)
+    caught = hunt(fault)
+    assert caught.seeds is not None
+
+    def fails(schedule: object) -> bool:
+        found = run(schedule, fault.parts).violation  # type: ignore[arg-type]
+        return found is not None and found.finding == caught.finding
+
+    small = shrink(generate(caught.seeds - 1), fails)
+    return f"```\n{describe(small, run(small, fault.parts), last=24)}\n```"
+
+
+def race() -> str:
+    """The totals of the last `make race`."""
+    state = State.load(STATE, fingerprint())
+    if not state.chunks:
+        sys.exit(f"{STATE} has no run of this code; run `make race` first")
+    totals = state.totals
+    cells = {
+        "schedules": totals.schedules,
+        "steps": totals.steps,
+        "requests": totals.requests,
+        "tokens": totals.tokens,
+        "preemptions": totals.preemptions,
+        "cancels": totals.cancelled,
+        "steps out of memory": totals.failed_steps,
+        "overshoot rows": totals.overshoot,
+        "violations": totals.failed,
+    }
+    return (
+        f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| "
+        + " | ".join(f"{value:,}" for value in cells.values())
+        + f" |\n\n`make race SEEDS={totals.schedules}`, code `{state.code}`."
+    )
+
+
+def idle() -> str:
+    """The table of predicted idle shares."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from idle_share import shares
+    from idle_share import table as idle_table
+
+    return idle_table(shares())
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"faults": faults, "replay": replay, "race": race, "idle": idle}
+
+
+def main() -> None:
+    """Replace what stands between the markers."""
+    torch.set_num_threads(1)
+    text = DOCS.read_text()
+    for name in sys.argv[1:] or SECTIONS:
+        section = f"<!-- {name} -->\n{SECTIONS[name]()}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=section: new, text, flags=re.DOTALL)
+        DOCS.write_text(text)
+        print(f"{name}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a long run leaves behind: nothing. And that the measurement would see it if something stayed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gapless.bench.soak import STEADY_STEPS, CountingDevice, Soak, SoakReport
+from gapless.cli.main import main
+from gapless.config import SchedulerLimits
+from gapless.engine.loop import Loop
+from gapless.outcome import Committed
+from gapless.plan import Ints, Plan
+from gapless.request import FinishReason
+from gapless.scheduler import Scheduler
+
+# A reading is taken in the middle of things: some requests run, others wait with their known tokens, and the layouts of
+# the last 64 shapes hold more or fewer integers that Python has no cache of. One reading strays by 10 objects and
+# 100 blocks or so, whatever the number of steps. One object a step would be 75,000 in the long run.
+ALLOWED = {"objects": 64, "blocks": 512, "tensor_bytes": 0, "pinned_bytes": 0}
+
+
+def grown(report: SoakReport) -> dict[str, float]:
+    """What there is more of at the end than at the start, beyond what is allowed."""
+    growth = {field: report.growth(field) for field in ALLOWED}
+    return {field: more for field, more in growth.items() if more > ALLOWED[field]}
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps_leave_nothing_behind():
+    report = Soak.build(rows=32, lookahead=1).run(100_000)
+    assert report.steps == 100_000
+    assert not grown(report)
+    assert report.calls_after == report.calls_before
+    assert not any(window.cyclic for window in report.windows)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_no_lookahead_leaves_anything_behind(lookahead: int):
+    report = Soak.build(rows=32, lookahead=lookahead).run(10_000, windows=10)
+    assert not grown(report)
+    assert report.calls_after == report.calls_before
+    assert not any(window.cyclic for window in report.windows)
+
+
+def test_every_way_to_end_and_preemption_are_part_of_the_churn():
+    report = Soak.build(rows=16, lookahead=1).run(4_000, windows=2)
+    assert set(report.ended) == set(FinishReason)
+    assert min(report.ended.values()) > 20
+    assert min(report.stats.preemptions, report.stats.recomputed_tokens, report.stats.overshoot_rows) > 20
+
+
+def test_a_seed_decides_the_whole_run():
+    first, second = (Soak.build(rows=4, lookahead=1).run(500, windows=1) for _ in range(2))
+    assert (first.ended, first.stats, first.calls_before) == (second.ended, second.stats, second.calls_before)
+    assert Soak.build(rows=4, lookahead=1, seed=1).run(500, windows=1).stats != first.stats
+
+
+# ------------------------------------------------------------------------ leaks, one a step
+
+
+class KeepsPlans(Scheduler):
+    def __init__(self, limits: SchedulerLimits) -> None:
+        super().__init__(limits)
+        self.kept: list[Plan | None] = []
+
+    def plan(self) -> Plan | None:
+        self.kept.append(super().plan())
+        return self.kept[-1]
+
+
+class KeepsCommitted(Scheduler):
+    def __init__(self, limits: SchedulerLimits) -> None:
+        super().__init__(limits)
+        self.kept: list[Committed] = []
+
+    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+        self.kept.append(super().commit(plan, sampled))
+        return self.kept[-1]
+
+
+class KeepsNumbers(Scheduler):
+    """Nothing that the garbage collector tracks."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        super().__init__(limits)
+        self.kept: list[float] = []
+
+    def plan(self) -> Plan | None:
+        self.kept.append(self.stats.steps / 7)
+        return super().plan()
+
+
+class LooksBack(Scheduler):
+    """Keeps nothing new, but goes through more the longer it has run."""
+
+    def plan(self) -> Plan | None:
+        for step in range(0, self.stats.steps, 500):
+            abs(step)
+        return super().plan()
+
+
+class MakesCycles(Scheduler):
+    def plan(self) -> Plan | None:
+        itself: list[object] = []
+        itself.append(itself)
+        return super().plan()
+
+
+class KeepsTensors(Loop):
+    kept = torch.zeros(0)
+
+    def step(self) -> None:
+        self.kept = torch.zeros(self.kept.numel() + 1)  # one tensor, ever larger
+        super().step()
+
+
+class PinsMore(Loop):
+    device: CountingDevice
+
+    def step(self) -> None:
+        self.device.pinned(1)
+        super().step()
+
+
+def soak_with(scheduler: type[Scheduler] = Scheduler, loop: type[Loop] = Loop) -> Soak:
+    """A soak whose loop has another scheduler, or is another loop, from the start."""
+    sound = Soak.build(rows=8, lookahead=1)
+    parts = sound.loop
+    other = loop(scheduler(sound.admission.limits), parts.slots, parts.runner, parts.publish, parts.lookahead)
+    if isinstance(other, PinsMore):
+        other.device = sound.device
+    return Soak(other, sound.admission, sound.device)
+
+
+def test_the_short_run_of_these_tests_leaves_nothing_behind_without_a_leak():
+    assert not grown(soak_with().run(4_000, windows=4))
+
+
+@pytest.mark.parametrize("leak", [KeepsPlans, KeepsCommitted])
+def test_a_record_kept_in_each_step_is_found(leak: type[Scheduler]):
+    found = grown(soak_with(leak).run(4_000, windows=4))
+    assert found["objects"] > 2_900
+    assert found["blocks"] > 2_900
+
+
+def test_a_number_kept_in_each_step_is_found():
+    assert grown(soak_with(KeepsNumbers).run(4_000, windows=4))["blocks"] > 2_000
+
+
+def test_a_tensor_that_grows_in_each_step_is_found():
+    assert grown(soak_with(loop=KeepsTensors).run(400, windows=4))["tensor_bytes"] == 3 * 100 * 4
+
+
+def test_memory_pinned_in_each_step_is_found():
+    assert grown(soak_with(loop=PinsMore).run(400, windows=4))["pinned_bytes"] == 3 * 100 * 4
+
+
+def test_reference_cycles_are_found():
+    report = soak_with(MakesCycles).run(400, windows=4)
+    assert [window.cyclic for window in report.windows] == [100] * 4
+
+
+def test_work_that_grows_with_the_steps_is_found():
+    report = soak_with(LooksBack).run(4_000, windows=4)
+    assert report.calls_after >= report.calls_before + 8 * STEADY_STEPS
+
+
+# ------------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_every_window_and_one_line_of_growth(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "soak", "--steps", "200", "--rows", "2", "--lookahead", "2", "--json"])
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:21]] == [str(10 * number) for number in range(1, 21)]
+    assert sum("growth per 100,000 steps" in line for line in lines) == 1
+    summary = json.loads(lines[-1])
+    assert (summary["steps"], summary["rows"], summary["lookahead"]) == (200, 2, 2)
+    assert len(summary["windows"]) == 20
+    assert set(summary["end_over_start"]) == {"wall_us", "cpu_us"}

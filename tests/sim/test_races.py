@@ -1,0 +1,225 @@
+"""The happens-before checker: what it reports, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from gapless.device.base import Access, Note
+from gapless.device.sim import Race, RandomOrder, SimDevice
+from gapless.device.sim.device import SimStream
+from gapless.errors import InternalError
+
+SEEDS = range(30)
+
+
+@dataclass
+class Bench:
+    """Two streams, an event and two buffers."""
+
+    device: SimDevice
+    first: SimStream
+    second: SimStream
+    table: torch.Tensor
+    pinned: torch.Tensor
+
+    def work(self, stream: SimStream, step: int, *, write: bool, rows: Sequence[int] = (0,)) -> None:
+        """Queue something that uses rows of the table."""
+        access = Access("table", self.table, np.asarray(rows), write)
+        stream.enqueue(lambda: None, Note("work", step, "", lambda: [access]))
+
+    def copy(self, stream: SimStream, step: int) -> None:
+        """Queue something that reads the pinned buffer."""
+        access = Access("inputs", self.pinned, None, False)
+        stream.enqueue(lambda: None, Note("copy in", step, "A", lambda: [access]))
+
+
+def bench(seed: int = 0, *, audit: bool = False) -> Bench:
+    device = SimDevice(RandomOrder(seed), audit=audit)
+    first, second = device.stream("first"), device.stream("second")
+    return Bench(device, first, second, torch.zeros(4), device.pinned(4, "inputs"))
+
+
+def races(use: Callable[[Bench], None]) -> list[list[Race]]:
+    """What is reported with each of several orders."""
+    found: list[list[Race]] = []
+    for seed in SEEDS:
+        b = bench(seed)
+        use(b)
+        b.device.close()
+        found.append(b.device.checker.races)
+    return found
+
+
+def test_a_write_and_a_read_that_no_event_orders_are_a_race_in_every_order():
+    def use(b: Bench) -> None:
+        b.work(b.first, 3, write=True)
+        b.work(b.second, 4, write=False)
+
+    for found in races(use):
+        assert len(found) == 1
+        assert found[0].buffer == "table"
+        assert found[0].unit == 0
+        assert {found[0].first.what, found[0].second.what} == {"work 3", "work 4"}
+        assert found[0].first.where.startswith("test_races.py:")
+
+
+def test_an_event_between_them_orders_them():
+    def use(b: Bench) -> None:
+        ready = b.device.event("ready")
+        b.work(b.first, 0, write=True)
+        b.first.record(ready)
+        b.second.wait(ready)
+        b.work(b.second, 0, write=True)
+
+    assert races(use) == [[] for _ in SEEDS]
+
+
+def test_an_event_that_was_recorded_too_early_does_not():
+    def use(b: Bench) -> None:
+        ready = b.device.event("ready")
+        b.first.record(ready)
+        b.work(b.first, 0, write=True)
+        b.second.wait(ready)
+        b.work(b.second, 0, write=False)
+
+    assert all(races(use))
+
+
+def test_order_passes_through_a_third_party():
+    def through_the_host(b: Bench) -> None:
+        ready = b.device.event("ready")
+        b.work(b.first, 0, write=True)
+        b.first.record(ready)
+        ready.synchronize()
+        b.work(b.second, 0, write=True)
+
+    def through_a_stream(b: Bench) -> None:
+        third = b.device.stream("third")
+        one, two = b.device.event("one"), b.device.event("two")
+        b.work(b.first, 0, write=True)
+        b.first.record(one)
+        third.wait(one)
+        third.record(two)
+        b.second.wait(two)
+        b.work(b.second, 0, write=True)
+
+    for use in (through_the_host, through_a_stream):
+        assert races(use) == [[] for _ in SEEDS]
+
+
+def test_reads_and_other_rows_do_not_race():
+    def use(b: Bench) -> None:
+        b.work(b.first, 0, write=False)
+        b.work(b.second, 0, write=False)
+        b.work(b.first, 1, write=True, rows=[1, 2])
+        b.work(b.second, 1, write=True, rows=[3])
+
+    assert races(use) == [[] for _ in SEEDS]
+
+
+def test_a_write_after_a_read_that_was_not_waited_for_is_a_race():
+    def use(b: Bench) -> None:
+        b.work(b.first, 0, write=False, rows=[0, 1, 2])
+        b.work(b.second, 0, write=True, rows=[2, 3])
+
+    for found in races(use):
+        assert [each.unit for each in found] == [2]
+
+
+def test_rewriting_pinned_memory_that_a_queued_copy_reads_names_the_event_to_wait_for():
+    for seed in SEEDS:
+        b = bench(seed)
+        view, copied = b.device.host_view(b.pinned), b.device.event("h2d_done A")
+        view[0] = 1
+        b.copy(b.first, 7)
+        b.first.record(copied)
+        view[0] = 2  # the fault
+        copied.synchronize()
+        [race] = b.device.checker.races
+        text = str(race)
+        assert race.buffer == "inputs"
+        assert "copy in 7 A" in text
+        assert "the host must wait for h2d_done A on first" in text or "host must wait for h2d_done A on first" in text
+        assert text.count("test_races.py:") == 2
+
+
+def test_waiting_for_the_copy_before_rewriting_is_right():
+    for seed in SEEDS:
+        b = bench(seed)
+        view, copied = b.device.host_view(b.pinned), b.device.event("h2d_done A")
+        for step in range(3):
+            view[0] = step
+            b.copy(b.first, step)
+            b.first.record(copied)
+            copied.synchronize()
+        assert b.device.checker.races == []
+
+
+def test_the_host_must_not_read_what_a_stream_may_still_write():
+    b = bench()
+    view = b.device.host_view(b.pinned)
+    access = Access("inputs", b.pinned, None, True)
+    b.first.enqueue(lambda: None, Note("copy out", 0, "A", lambda: [access]))
+    assert view[:2].tolist() == [0, 0]
+    b.device.close()
+    assert len(b.device.checker.races) == 1
+
+
+def test_a_replay_is_booked_with_what_was_captured():
+    b = bench()
+    graph = b.device.capture(lambda: None, b.first, lambda: [Access("table", b.table, np.asarray([1]), True)])
+    b.first.enqueue(graph.replay, Note("replay", 5, "A"))
+    b.work(b.second, 6, write=True, rows=[1])
+    b.device.close()
+    [race] = b.device.checker.races
+    assert {race.first.what, race.second.what} == {"replay 5 A", "work 6"}
+
+
+def test_poison_is_a_write_and_ruins_what_was_there():
+    b = bench()
+    b.work(b.first, 0, write=False, rows=[1])
+    b.device.poison(b.table, "table", np.asarray([1]))
+    b.device.close()
+    assert b.table.isnan().tolist() == [False, True, False, False]
+    assert len(b.device.checker.races) == 1
+
+
+# ------------------------------------------------------------------ the audit of declarations
+
+
+def run_audited(write: Sequence[int], read: Sequence[int], work: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Run work that declares these rows of a table holding 1, 2, 3, 4."""
+    b = bench(audit=True)
+    b.table.copy_(torch.arange(1.0, 5.0))
+    uses = [
+        Access("table", b.table, np.asarray(write, dtype=np.int64), True),
+        Access("table", b.table, np.asarray(read, dtype=np.int64), False),
+    ]
+    done = b.device.event("done")
+    b.first.enqueue(lambda: work(b.table), Note("work", 0, "", lambda: uses))
+    b.first.record(done)
+    done.synchronize()
+    return b.table
+
+
+def test_the_audit_finds_a_write_that_was_not_declared():
+    def writes_row_two(table: torch.Tensor) -> None:
+        table[2] = 0.0
+
+    assert run_audited([2], [], writes_row_two).tolist() == [1.0, 2.0, 0.0, 4.0]
+    for write in ([], [1]):
+        with pytest.raises(InternalError, match="wrote to table without declaring it"):
+            run_audited(write, [2], writes_row_two)
+
+
+def test_the_audit_hides_what_was_not_declared_for_reading():
+    def copies_row_three(table: torch.Tensor) -> None:
+        table[0] = table[3]
+
+    assert run_audited([0], [3], copies_row_three).tolist() == [4.0, 2.0, 3.0, 4.0]
+    assert run_audited([0], [2], copies_row_three)[0].isnan()

@@ -1,0 +1,88 @@
+"""A failing schedule can be shown again, and made small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from support.sim.faults import FAULTS, hunt
+from support.sim.race import CHUNK, State, app, describe
+from support.sim.rig import run
+from support.sim.schedule import Schedule, generate
+from support.sim.shrink import shrink
+
+BY_NAME = {fault.name: fault for fault in FAULTS}
+
+
+def test_a_schedule_survives_json():
+    for seed in range(50):
+        assert Schedule.from_json(generate(seed).to_json()) == generate(seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "most_moves"),
+    [
+        ("a block table delta is lost", 1),
+        ("a cancelled request gets no end", 2),
+        ("the newest request is admitted first", 3),
+        ("slots share the pinned inputs", 1),
+        ("preemption repeats a token", 2),
+    ],
+)
+def test_shrinking_gives_a_small_schedule_that_fails_alike(name: str, most_moves: int):
+    fault = BY_NAME[name]
+    caught = hunt(fault)
+    assert caught.seeds is not None
+    first = generate(caught.seeds - 1)
+
+    def fails(schedule: Schedule) -> bool:
+        violation = run(schedule, fault.parts).violation
+        return violation is not None and violation.finding == caught.finding
+
+    small = shrink(first, fails, budget=400)
+    assert fails(small)
+    assert len(small.moves) <= most_moves
+    assert small.lookahead <= first.lookahead
+    assert run(small).violation is None
+
+
+def test_the_replay_command_shows_lanes_and_writes_a_chrome_trace(tmp_path: Path):
+    trace, saved = tmp_path / "trace.json", tmp_path / "schedule.json"
+    shown = CliRunner().invoke(app, ["replay", "--seed", "3", "--trace", str(trace), "--save", str(saved)])
+    assert shown.exit_code == 0, shown.output
+    assert "no violation" in shown.output
+    [header] = [line for line in shown.output.splitlines() if line.split()[:1] == ["host"]]
+    assert header.split() == ["host", "h2d", "compute", "d2h"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {each["cat"] for each in events if each["ph"] == "X"} == {"host", "h2d", "compute", "d2h"}
+    again = CliRunner().invoke(app, ["replay", "--schedule", str(saved)])
+    assert again.output.split("no violation")[0] in shown.output
+
+
+def test_a_failing_run_is_described_with_its_schedule_timeline_and_violation():
+    fault = BY_NAME["slots share the pinned inputs"]
+    caught = hunt(fault)
+    assert caught.seeds is not None
+    schedule = generate(caught.seeds - 1)
+    text = describe(schedule, run(schedule, fault.parts), last=10)
+    assert "race on host in A" in text
+    assert "add a prompt of" in text
+
+
+def test_a_race_goes_on_where_it_was_stopped_and_starts_anew_when_the_code_changes(tmp_path: Path):
+    path = tmp_path / "state.json"
+    command = ["run", "--jobs", "1", "--state", str(path), "--seeds"]
+    first = CliRunner().invoke(app, [*command, str(CHUNK)])
+    assert first.exit_code == 0, first.output
+    assert f"{CHUNK} schedules" in first.output
+    again = CliRunner().invoke(app, [*command, str(CHUNK)])
+    assert f"{CHUNK} schedules of this code are done already" in again.output
+    saved = json.loads(path.read_text())
+    assert saved["totals"]["schedules"] == CHUNK
+    assert State.load(path, saved["code"]).totals.steps == saved["totals"]["steps"] > CHUNK
+    assert State.load(path, "other").chunks == []
+    path.write_text("spoilt")
+    assert State.load(path, saved["code"]).chunks == []

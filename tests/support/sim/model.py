@@ -1,0 +1,119 @@
+"""The hash model and a sampler in numpy, several times faster on tiny batches, and their answers in closed form.
+
+The sampler mixes every sampling parameter of the row into the token that it draws, so one that is stale or belongs to
+another request changes the token, which real sampling would often hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
+from gapless.request import Request
+from gapless.sampling.base import SamplingTables
+from support.hash_model import EOS, VOCAB, position_weights, scores
+
+_PRIME = 2_147_483_629
+_MISPLACED = 12_345
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_MAX_LENGTH = 256
+_WEIGHTS: NDArray[np.int64] = position_weights(_MAX_LENGTH).numpy()
+
+
+class NumpyHashModel:
+    """HashModel, hashing only the last token of each entry."""
+
+    vocab_size = VOCAB
+    eos_token_ids: tuple[int, ...] = (EOS,)
+    kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
+    dtype = torch.float32
+    max_position = _MAX_LENGTH
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        keys_BS = kv[0].k_BKSD.numpy()[:, 0, :, 0]
+        values_BS = kv[0].v_BKSD.numpy()[:, 0, :, 0]
+        size = keys_BS.shape[1]
+        table_RC = batch.block_table_RC.numpy()
+        rows_T, positions_T = batch.token_rows_T.numpy(), batch.positions_T.numpy()
+        blocks_T = table_RC[rows_T, positions_T // size]
+        keys_BS[blocks_T, positions_T % size] = tokens_T.numpy()
+        values_BS[blocks_T, positions_T % size] = positions_T
+        last_E = batch.query_start_E1.numpy()[1:] - 1
+        ends_E = positions_T[last_E]
+        length = int(ends_E.max()) + 1
+        table_EC = table_RC[rows_T[last_E], : -(-length // size)]
+        seen_EL = keys_BS[table_EC].reshape(last_E.size, -1)[:, :length]
+        where_EL = values_BS[table_EC].reshape(last_E.size, -1)[:, :length]
+        at_L = np.arange(length)
+        valid_EL = at_L <= ends_E[:, None]
+        tokens_EL = np.where(np.isfinite(seen_EL), seen_EL, -7.0).astype(np.int64)
+        terms_EL = (tokens_EL + 1) * _WEIGHTS[:length] % _PRIME
+        misplaced_E = (valid_EL & (where_EL != at_L)).sum(1)
+        hidden_TH = np.zeros((positions_T.size, 1), dtype=np.int64)
+        hidden_TH[last_E, 0] = (terms_EL * valid_EL).sum(1) % _PRIME + misplaced_E * _MISPLACED
+        return torch.from_numpy(hidden_TH)
+
+    def logits(self, hidden_EH: Tensor) -> Tensor:
+        return scores(hidden_EH[:, 0]).float()
+
+
+def _mix(greedy: NDArray[np.int64], words: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+    """A token from the greedy one and everything that may make a difference."""
+    with np.errstate(over="ignore"):
+        z = greedy.astype(np.uint64) + _GOLDEN
+        for word in words:
+            z = (z ^ word.astype(np.int64).astype(np.uint64)) * _MIX
+            z ^= z >> np.uint64(29)
+    return (z % np.uint64(VOCAB)).astype(np.int64)
+
+
+class MixSampler:
+    """Implements sampling.base.Sampler, with an answer that depends on every parameter."""
+
+    def sample(
+        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+    ) -> Tensor:
+        greedy_E = logits_EV.numpy().argmax(1)
+        if all_greedy:
+            return torch.from_numpy(greedy_E.astype(np.int32))
+        rows = rows_E.numpy()
+        temperature_E = tables.temperature_R.numpy()[rows]
+        seed_E2 = tables.seed_R2.numpy()[rows]
+        words = [
+            seed_E2[:, 0],
+            seed_E2[:, 1],
+            positions_E.numpy(),
+            temperature_E.view(np.int32),
+            tables.top_k_R.numpy()[rows],
+            tables.top_p_R.numpy()[rows].view(np.int32),
+            tables.min_p_R.numpy()[rows].view(np.int32),
+        ]
+        drawn_E = np.where(temperature_E == 0.0, greedy_E, _mix(greedy_E, words))
+        return torch.from_numpy(drawn_E.astype(np.int32))
+
+
+def answer(request: Request) -> list[int]:
+    """What the request gets, whatever else happens, computed with no engine: the stop token included."""
+    params = request.params
+    low, high = np.asarray([request.seed], dtype=np.uint64).view(np.int32)
+    floats = np.asarray([params.temperature, params.top_p, params.min_p], dtype=np.float32).view(np.int32)
+    stops = set(request.stop_ids.tolist())
+    prompt = request.prompt.astype(np.int64)
+    total = int(((prompt + 1) * _WEIGHTS[: prompt.size] % _PRIME).sum() % _PRIME)
+    tokens: list[int] = []
+    for position in range(prompt.size, request.max_length):
+        token = int(scores(torch.tensor([total]))[0].argmax())
+        if not params.greedy:
+            words = [low, high, position, floats[0], params.top_k, floats[1], floats[2]]
+            token = int(_mix(np.asarray([token]), [np.asarray([word], dtype=np.int64) for word in words])[0])
+        tokens.append(token)
+        if token in stops:
+            break
+        total = (total + (token + 1) * int(_WEIGHTS[position])) % _PRIME
+    return tokens

@@ -1,0 +1,229 @@
+"""Many schedules on all cores, resumable; and one of them again, with its timeline.
+
+python -m support.sim.race run --seeds 1000000
+python -m support.sim.race replay --seed 1234 --trace trace.json --shrink
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import gapless
+from support.sim.rig import Result, run
+from support.sim.schedule import Schedule, generate
+from support.sim.shrink import shrink
+
+CHUNK = 250
+STATE = Path(".race") / "state.json"
+MAX_KEPT = 100
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Totals:
+    """Sums over schedules. `findings` are (seed, violation) of the first ones that failed."""
+
+    schedules: int = 0
+    steps: int = 0
+    requests: int = 0
+    tokens: int = 0
+    preemptions: int = 0
+    cancelled: int = 0
+    overshoot: int = 0
+    failed_steps: int = 0
+    failed: int = 0
+    findings: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+
+    def book(self, seed: int, result: Result) -> None:
+        """Add one run."""
+        self.schedules += 1
+        self.steps += result.steps
+        self.requests += len(result.requests)
+        self.tokens += sum(map(len, result.tokens.values()))
+        self.preemptions += result.preemptions
+        self.cancelled += sum(end.reason.value == "cancelled" for end in result.finished.values())
+        self.overshoot += result.overshoot
+        self.failed_steps += result.failed_steps
+        if result.violation is not None:
+            self.failed += 1
+            self.findings.append((seed, str(result.violation)))
+
+    def add(self, other: Totals) -> None:
+        """Add the sums of others."""
+        for name, value in asdict(other).items():
+            if name != "findings":
+                setattr(self, name, getattr(self, name) + value)
+        self.findings = (self.findings + other.findings)[:MAX_KEPT]
+
+
+@dataclass
+class State:
+    """What is done: chunks of CHUNK seeds, for one version of the code."""
+
+    code: str
+    chunks: list[int] = field(default_factory=list[int])
+    totals: Totals = field(default_factory=Totals)
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Replace the file as a whole, so that an interruption can not spoil it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".new")
+        scratch.write_text(json.dumps(asdict(self)))
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, path: Path, code: str) -> State:
+        """The saved state if it is of this code, else an empty one."""
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return cls(code)
+        if saved["code"] != code:
+            return cls(code)
+        totals = Totals(**saved["totals"])
+        totals.findings = [(seed, text) for seed, text in totals.findings]
+        return cls(code, saved["chunks"], totals, saved["seconds"])
+
+
+def fingerprint() -> str:
+    """Of the engine's code and the rig's: what a result is good for."""
+    digest = hashlib.sha256()
+    for root in (Path(gapless.__file__).parent, Path(__file__).parent.parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def replay_command(seed: int) -> str:
+    """What shows a seed's run again."""
+    return f"make replay SEED={seed}"
+
+
+def run_chunk(number: int) -> tuple[int, Totals]:
+    """The schedules of one chunk."""
+    torch.set_num_threads(1)
+    totals = Totals()
+    for seed in range(number * CHUNK, (number + 1) * CHUNK):
+        totals.book(seed, run(generate(seed)))
+    return number, totals
+
+
+def explore(chunks: list[int], jobs: int) -> Iterator[tuple[int, Totals]]:
+    """Chunks as they are done, on this many processes."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs) as pool:
+        yield from pool.imap_unordered(run_chunk, chunks)
+
+
+@app.command("run")
+def run_command(
+    seeds: Annotated[int, typer.Option(min=1, help="Schedules in all, rounded up to whole chunks.")] = 100_000,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
+    state: Annotated[Path, typer.Option(help="Where the progress is kept.")] = STATE,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what is done.")] = False,
+) -> None:
+    """Run schedules 0 to SEEDS - 1. Goes on where it was stopped, as long as the code is the same."""
+    console, code = Console(), fingerprint()
+    known = State(code) if restart else State.load(state, code)
+    done = set(known.chunks)
+    missing = [number for number in range(-(-seeds // CHUNK)) if number not in done]
+    if done:
+        console.print(f"{len(done) * CHUNK:,} schedules of this code are done already")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    begun, before = time.monotonic(), known.seconds
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("schedules", total=len(missing) * CHUNK)
+            for number, totals in explore(missing, jobs or os.cpu_count() or 1) if missing else ():
+                known.chunks.append(number)
+                known.totals.add(totals)
+                known.seconds = before + time.monotonic() - begun
+                known.save(state)
+                progress.advance(task, CHUNK)
+                for seed, violation in totals.findings:
+                    console.print(f"seed {seed}: {violation}\n  {replay_command(seed)}", markup=False)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {known.totals.schedules:,} schedules are kept, the same command goes on")
+        raise typer.Exit(130) from None
+    report(console, known)
+    raise typer.Exit(1 if known.totals.failed else 0)
+
+
+def report(console: Console, state: State) -> None:
+    """What was run and found."""
+    totals = state.totals
+    counts = {name: value for name, value in asdict(totals).items() if name != "findings"}
+    text = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items())
+    console.print(f"{text}; {state.seconds:,.0f} s, code {state.code}", markup=False)
+    kinds = Counter(text.split(":")[0] for _, text in totals.findings)
+    if kinds:
+        console.print(f"the first ones: {dict(kinds)}", markup=False)
+
+
+@app.command()
+def replay(
+    seed: Annotated[int | None, typer.Option(help="Of a generated schedule.")] = None,
+    schedule: Annotated[Path | None, typer.Option(help="A schedule as JSON, as --save writes it.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the schedule (the smallest one, with --shrink) here.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,
+    smaller: Annotated[bool, typer.Option("--shrink", help="Find the smallest schedule that fails alike.")] = False,
+    last: Annotated[int | None, typer.Option(help="Show only this many lines of the timeline.")] = None,
+) -> None:
+    """Run one schedule again and show its timeline. Status 1 if it fails."""
+    torch.set_num_threads(1)
+    if (seed is None) == (schedule is None):
+        raise typer.BadParameter("give either --seed or --schedule")
+    chosen = generate(seed) if seed is not None else Schedule.from_json(schedule.read_text() if schedule else "")
+    result = run(chosen)
+    if smaller and result.violation is not None:
+        kind = result.violation.finding
+        chosen = shrink(chosen, lambda each: (found := run(each).violation) is not None and found.finding == kind)
+        result = run(chosen)
+    print(describe(chosen, result, last))
+    if save is not None:
+        save.write_text(chosen.to_json())
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.write_text(json.dumps(result.device.timeline.chrome_trace()))
+        print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")
+    raise typer.Exit(1 if result.violation else 0)
+
+
+def describe(schedule: Schedule, result: Result, last: int | None = None) -> str:
+    """The schedule, its timeline and what went wrong."""
+    moves = "\n".join(
+        f"  at {move.point}: {move.kind} "
+        + (f"a prompt of {len(move.prompt)}, {move.params}" if move.kind == "add" else f"request {move.target}")
+        for move in schedule.moves
+    )
+    sizes = {name: value for name, value in asdict(schedule).items() if name != "moves"}
+    verdict = str(result.violation) if result.violation else f"no violation in {result.steps} steps"
+    return f"{sizes}\n{moves}\n\n{result.device.timeline.text(last)}\n\n{verdict}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,438 @@
+"""Runs a schedule on the simulated device and says what went wrong, if anything did.
+
+The engine's own components are subclassed, never patched: they open their phase boundaries to the schedule's moves,
+and fill with rubbish what they release. A planted fault swaps one of them for a worse one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gapless.blocks import BlockPool
+from gapless.config import SchedulerLimits
+from gapless.device.sim import RandomOrder, SimDevice
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.build import capturer
+from gapless.engine.graphs import GraphTable
+from gapless.engine.layout import StepShape, packed_capacity
+from gapless.engine.loop import Loop
+from gapless.engine.runner import Extent, Runner
+from gapless.engine.slots import Slot, SlotRing
+from gapless.engine.tables import DeviceTables
+from gapless.errors import OutOfMemoryError
+from gapless.models.base import Model
+from gapless.outcome import Committed, Finished
+from gapless.plan import Ints, Plan
+from gapless.request import FinishReason, Request
+from gapless.rows import RowState, RowTable
+from gapless.sampling.base import Sampler
+from gapless.scheduler import Scheduler
+from support.sim.model import MixSampler, NumpyHashModel, answer
+from support.sim.schedule import Move, Schedule
+
+MAX_STEPS = 3000
+POISON_TOKEN = -1_163_005_939
+
+Finding = Literal["race", "tokens", "books", "liveness", "error"]
+Shortage = Literal["at its start", "at its end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What was broken, by which of the checks."""
+
+    finding: Finding
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.finding}: {self.text}"
+
+
+class Broken(Exception):  # noqa: N818 - not an error of the program
+    """Ends a run at its first violation."""
+
+    def __init__(self, finding: Finding, text: str) -> None:
+        super().__init__(f"{finding}: {text}")
+        self.violation = Violation(finding, text)
+
+
+class RigPool(BlockPool):
+    """Fills released KV blocks with rubbish."""
+
+    rig: Rig
+
+    def release(self, ids: NDArray[np.int32]) -> None:
+        super().release(ids)
+        self.rig.poison_blocks(ids[self._references[ids] == 0])
+
+
+class RigRows(RowTable):
+    """Fills released rows with rubbish, here and on the device."""
+
+    rig: Rig
+
+    def clear(self, row: int) -> None:
+        super().clear(row)
+        self.tokens[row] = POISON_TOKEN
+        self.rig.poison_row(row)
+
+
+class RigScheduler(Scheduler):
+    """Lets the schedule act after plan, before commit and after it."""
+
+    def __init__(self, limits: SchedulerLimits, rig: Rig) -> None:
+        super().__init__(limits)
+        self.rig = rig
+        self.pool = rig.parts.pool(limits.num_blocks)
+        self.rows = rig.parts.rows(limits.max_rows, limits.max_model_len, limits.block_columns)
+        self.pool.rig = self.rows.rig = rig
+
+    def plan(self) -> Plan | None:
+        table, rowless = self.rows, self.requests_without_row()
+        running = table.state == RowState.RUNNING
+        oldest = int(table.request_id[running].min()) if running.any() else None
+        plan = super().plan()
+        self._check_order(oldest, rowless)
+        if plan is not None:
+            self.rig.boundary("planned", plan.step)
+        return plan
+
+    def _check_order(self, oldest: int | None, rowless: set[int]) -> None:
+        """First come, first served, and the oldest is never preempted for blocks."""
+        table, left = self.rows, self.requests_without_row()
+        admitted = rowless - left
+        draining = (table.state == RowState.PREEMPTED) | (table.state == RowState.LOST)
+        left |= set(table.request_id[draining].tolist())
+        if oldest in left:
+            raise Broken("liveness", "the oldest running request was preempted")
+        if admitted and left and max(admitted) > min(left):
+            raise Broken("liveness", f"request {max(admitted)} was admitted before {min(left)}")
+
+    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+        self.rig.boundary("commit", plan.step)
+        committed = super().commit(plan, sampled)
+        self.rig.ended.update(end.request_id for end in committed.finished)
+        self.rig.boundary("committed", plan.step)
+        return committed
+
+    def abandon(self, plan: Plan) -> Committed:
+        self.rig.boundary("abandon", plan.step)
+        committed = super().abandon(plan)
+        self.rig.ended.update(end.request_id for end in committed.finished)
+        self.rig.boundary("abandoned", plan.step)
+        return committed
+
+
+class RigSlots(SlotRing):
+    """Lets the schedule act before collect; fills a collected slot with rubbish."""
+
+    rig: Rig
+
+    def collect(self, slot: Slot) -> Ints:
+        self.rig.boundary("collect", slot=slot.letter)
+        try:
+            return super().collect(slot)
+        finally:
+            self.rig.poison_slot(slot)
+
+
+class RigRunner(Runner):
+    """Lets the schedule act between fill and launch, and after it, and take the compute stage's memory away."""
+
+    rig: Rig
+
+    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+        shortage = self.rig.take_shortage(slot)
+        if shortage == "at its start":
+            raise OutOfMemoryError("the schedule has taken the memory")
+        super().compute_step(slot, shape, extent)
+        if shortage == "at its end":
+            raise OutOfMemoryError("the schedule has taken the memory")
+
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+        self.rig.tokens_in[slot.letter] = plan.num_tokens
+        self.rig.boundary("launch", plan.step, slot.letter)
+        super().launch(plan, slot, shape)
+        self.rig.boundary("launched", plan.step, slot.letter)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rig is put together from. A fault replaces one."""
+
+    device: type[SimDevice] = SimDevice
+    scheduler: type[RigScheduler] = RigScheduler
+    pool: type[RigPool] = RigPool
+    rows: type[RigRows] = RigRows
+    slots: type[RigSlots] = RigSlots
+    runner: type[RigRunner] = RigRunner
+    model: Callable[[], Model] = NumpyHashModel
+    sampler: Callable[[], Sampler] = MixSampler
+    expected: Callable[[Request], list[int]] | None = answer
+    audit: bool = False
+
+
+@dataclass
+class Result:
+    """Of one run."""
+
+    steps: int
+    violation: Violation | None
+    device: SimDevice
+    requests: list[Request] = field(default_factory=list[Request])
+    tokens: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    finished: dict[int, Finished] = field(default_factory=dict[int, Finished])
+    preemptions: int = 0
+    exhausted: int = 0  # preemptions that nobody asked for: the blocks ran out
+    overshoot: int = 0
+    failed_steps: int = 0
+    most_placeholders: int = 0
+
+
+class Rig:
+    """One engine on the simulated device, with the schedule's moves at its phase boundaries."""
+
+    def __init__(self, schedule: Schedule, parts: Parts | None = None) -> None:
+        self.schedule = schedule
+        self.parts = parts = parts or Parts()
+        order = RandomOrder(schedule.order_seed, schedule.eagerness)
+        self.device = device = parts.device(order, captures_graphs=schedule.graphs, audit=parts.audit)
+        self.requests: list[Request] = []
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, Finished] = {}
+        self.ended: set[int] = set()  # requests whose end the engine has told, read or not
+        self.cancelled: set[int] = set()  # before their end was told
+        self.tokens_in: dict[str, int] = {}  # of each slot's newest step
+        self.steps = 0
+        self._shortage: list[Shortage] = []
+        self._moves = deque(schedule.moves)
+        self._points = 0
+        self._unread: deque[Committed] = deque()
+        limits = schedule.limits
+        model, cpu = parts.model(), torch.device("cpu")
+        self.admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 7)
+        self._kv = model.kv_spec.allocate(limits.num_blocks, limits.block_size, torch.float32, cpu)
+        self._tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, cpu)
+        graphs = GraphTable((limits.max_rows,) if schedule.graphs else ())
+        runner = parts.runner(model, device, parts.sampler(), self._kv, self._tables, graphs)
+        capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
+        slots = parts.slots(device, schedule.lookahead + 1, capacity, limits.max_rows)
+        runner.rig = slots.rig = self
+        if schedule.graphs:
+            graphs.capture(slots.slots, capturer(runner, limits))
+        self.scheduler = parts.scheduler(limits, self)
+        device.run_now(lambda: None, runner.compute)
+        self.loop = Loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
+        for slot in slots.slots:
+            self.poison_slot(slot)
+        for row in range(limits.max_rows):
+            self.poison_row(row)
+        self.poison_blocks(np.arange(1, limits.num_blocks))
+
+    # ------------------------------------------------------------- the run
+
+    def run(self) -> Result:
+        """To the end, or to the first violation."""
+        violation = None
+        try:
+            self._run()
+        except Broken as broken:
+            violation = broken.violation
+        except Exception as error:  # noqa: BLE001 - whatever it is, the schedule has found it
+            violation = Violation("books" if "InternalError" in type(error).__name__ else "error", _describe(error))
+        if self.device.checker.races:  # what else broke is a consequence
+            violation = Violation("race", str(self.device.checker.races[0]))
+        stats = self.scheduler.stats
+        return Result(
+            self.steps,
+            violation,
+            self.device,
+            self.requests,
+            self.tokens,
+            self.finished,
+            stats.preemptions,
+            stats.preemptions - self._asked,
+            stats.overshoot_rows,
+            stats.failed_steps,
+            self._most_placeholders,
+        )
+
+    def _run(self) -> None:
+        while self._moves or self.loop.has_work:
+            if not self.loop.has_work:
+                self._points = max(self._points, self._moves[0].point)
+                self._act()
+                self._publish_ends()
+            else:
+                self._step()
+        self._read(0)
+        self._check_end()
+
+    def _step(self) -> None:
+        self.loop.step()
+        self.boundary("between steps")
+        self._publish_ends()
+        self.steps += 1
+        if self.device.checker.races:
+            raise Broken("race", str(self.device.checker.races[0]))
+        if self.steps > MAX_STEPS:
+            raise Broken("liveness", f"{len(self.requests) - len(self.finished)} requests have not ended")
+        self.loop.check_integrity()
+        self._count_placeholders()
+        self._read(self.schedule.reader_lag)
+
+    def boundary(self, name: str, step: int = -1, slot: str = "") -> None:
+        """A phase boundary: what the schedule has for this point happens now."""
+        self.device.moment(name, step, slot)
+        self._points += 1
+        self._act()
+
+    _asked = 0  # preemptions by moves
+    _most_placeholders = 0  # of one sequence
+
+    def take_shortage(self, slot: Slot) -> Shortage | None:
+        """Whether the step in this slot runs out of memory. One of a single token never does: it could not go on."""
+        if self._shortage and self.tokens_in.get(slot.letter, 0) > 1:
+            return self._shortage.pop()
+        return None
+
+    def _act(self) -> None:
+        while self._moves and self._moves[0].point <= self._points:
+            move = self._moves.popleft()
+            if move.kind == "add":
+                self._add(move)
+            elif move.kind == "exhaust":
+                self._shortage.append("at its start" if move.target % 2 else "at its end")
+                self.device.moment(f"a step will run out of memory {self._shortage[-1]}")
+            elif move.target < len(self.requests):
+                request_id = self.requests[move.target].request_id
+                if move.kind == "cancel":
+                    if request_id not in self.ended:
+                        self.cancelled.add(request_id)
+                    self.scheduler.cancel(request_id)
+                else:
+                    self._asked += self.scheduler.preempt(request_id)
+                self.device.moment(f"{move.kind} request {request_id}")
+
+    def _add(self, move: Move) -> None:
+        request = self.admission.make_request(move.prompt, move.params)
+        self.requests.append(request)
+        self.tokens[request.request_id] = []
+        self.scheduler.add(request)
+        self.device.moment(f"add request {request.request_id}")
+
+    # ---------------------------------------------------------- the consumer
+
+    def _publish(self, committed: Committed) -> None:
+        self._unread.append(committed)
+        self.boundary("published")
+
+    def _publish_ends(self) -> None:
+        """Cancelled requests are reported between steps, as the engine's intake does."""
+        if finished := self.scheduler.take_finished():
+            self._unread.append(Committed(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32), finished))
+
+    def _read(self, leave: int) -> None:
+        """The consumer, who may be late."""
+        while len(self._unread) > leave:
+            record = self._unread.popleft()
+            for request_id, token in zip(record.request_ids.tolist(), record.tokens.tolist(), strict=True):
+                if request_id in self.finished:
+                    raise Broken("tokens", f"request {request_id} got token {token} after its end")
+                if request_id not in self.tokens:
+                    raise Broken("tokens", f"token {token} for request {request_id}, which nobody made")
+                self.tokens[request_id].append(token)
+            for end in record.finished:
+                if end.request_id in self.finished:
+                    raise Broken("tokens", f"request {end.request_id} ended twice")
+                self.finished[end.request_id] = end
+                self._check_request(self.requests[end.request_id], end)
+
+    # ------------------------------------------------------------ the checks
+
+    def _count_placeholders(self) -> None:
+        table = self.scheduler.rows
+        unknown = table.length - table.known
+        if unknown.min() < 0 or unknown.max() > self.schedule.lookahead + 1:
+            raise Broken("books", f"placeholders by row: {unknown.tolist()}")
+        self._most_placeholders = max(self._most_placeholders, int(unknown.max()))
+
+    def _check_request(self, request: Request, end: Finished) -> None:
+        """The oracle: exactly what it gets alone, or a beginning of that if it was cancelled."""
+        got = self.tokens[request.request_id]
+        want = self.parts.expected(request) if self.parts.expected else got
+        name = f"request {request.request_id}"
+        if end.generated != len(got):
+            raise Broken("tokens", f"{name} has {len(got)} tokens and a usage of {end.generated}")
+        if (end.reason is FinishReason.CANCELLED) != (request.request_id in self.cancelled):
+            raise Broken("tokens", f"{name} ended by {end.reason.value}, wrongly: was it cancelled?")
+        if end.reason is FinishReason.CANCELLED:
+            want = want[: len(got)]
+        elif not want or end.reason is not (FinishReason.STOP if want[-1] in request.stop_ids else FinishReason.LENGTH):
+            raise Broken("tokens", f"{name} ended by {end.reason.value}, alone it ends with {want[-1]}")
+        if got != want:
+            at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
+            raise Broken("tokens", f"{name} differs at token {at}: {got[at : at + 3]} in place of {want[at : at + 3]}")
+
+    def _check_end(self) -> None:
+        """Everything is back where it was."""
+        if missing := [each.request_id for each in self.requests if each.request_id not in self.finished]:
+            raise Broken("liveness", f"requests {missing} never got their end")
+        scheduler, table = self.scheduler, self.scheduler.rows
+        self.loop.check_integrity()
+        if scheduler.pool.num_free != scheduler.pool.num_usable:
+            raise Broken("books", "KV blocks are still held")
+        if scheduler.num_running or scheduler.num_waiting or (table.state != RowState.FREE).any():
+            raise Broken("books", "rows are still held")
+        if (table.length != table.known).any():
+            raise Broken("books", "placeholders are left")
+        if any(slot.in_flight for slot in self.loop.slots.slots):
+            raise Broken("books", "a slot is still lent")
+        if not self.device.idle:
+            raise Broken("books", "work is still queued on the device")
+        ends = [self.finished[each.request_id].reason for each in self.requests]
+        ahead = self.schedule.lookahead
+        allowed = ends.count(FinishReason.STOP) * ahead + ends.count(FinishReason.CANCELLED) * (ahead + 1)
+        if scheduler.stats.overshoot_rows > allowed:
+            raise Broken("tokens", f"{scheduler.stats.overshoot_rows} overshoot rows, at most {allowed} can be")
+
+    # -------------------------------------------------------------- poison
+
+    def poison_slot(self, slot: Slot) -> None:
+        for name in ("host_in", "device_in", "device_out", "host_out"):
+            self.device.poison(getattr(slot, name), f"{name.replace('_', ' ')} {slot.letter}")
+
+    def poison_row(self, row: int) -> None:
+        units = np.asarray([row])
+        self.device.poison(self._tables.last_token_R, "last token", units)
+        # a block table may hold any valid id past the length: the block that is lent first is the most harmful
+        self.device.poison(self._tables.block_table_RC, "block table", units, 1)
+        for name, table in self._tables.sampling.by_name():
+            self.device.poison(table, name, units)
+
+    def poison_blocks(self, ids: NDArray[np.integer]) -> None:
+        for layer, cache in enumerate(self._kv):
+            self.device.poison(cache.k_BKSD, f"keys {layer}", ids)
+            self.device.poison(cache.v_BKSD, f"values {layer}", ids)
+
+
+def _describe(error: BaseException) -> str:
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        where = f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error} ({where})"
+
+
+def run(schedule: Schedule, parts: Parts | None = None) -> Result:
+    """Run one schedule to its end or its first violation."""
+    rig = Rig(schedule, parts)
+    return rig.run()

@@ -1,0 +1,128 @@
+"""A schedule: the sizes of an engine, what is asked of it and when, and the order in which the device works.
+
+It is plain data, so that it can be generated from a seed, printed, replayed and made smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from gapless.config import SchedulerLimits
+from gapless.request import SamplingParams
+from support.hash_model import VOCAB
+
+Kind = Literal["add", "cancel", "preempt", "exhaust"]
+_DEFAULTS = SamplingParams()
+_ENDS: tuple[tuple[Kind, ...], ...] = ((), (), (), ("cancel",))
+_PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "preempt"))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Something that happens at a phase boundary: `point` counts boundaries since the start.
+
+    add      prompt and params of a new request
+    cancel, preempt   of the request that was added as number `target`; nothing if that has ended or is not there yet
+    exhaust  the next step of several tokens runs out of memory, at its start (`target` odd) or at its end
+    """
+
+    point: int
+    kind: Kind
+    target: int = -1
+    prompt: tuple[int, ...] = ()
+    params: SamplingParams = _DEFAULTS
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One run. See gapless.config for the sizes.
+
+    graphs       decode steps are padded to `rows` and replayed
+    order_seed   the order of the device's work
+    eagerness    how far the device lags; None: chosen by order_seed
+    reader_lag   records of the engine that lie unread before their consumer looks at them
+    """
+
+    lookahead: int
+    rows: int
+    batch_tokens: int
+    block_size: int
+    blocks: int
+    max_length: int
+    graphs: bool
+    order_seed: int
+    eagerness: float | None
+    reader_lag: int
+    moves: tuple[Move, ...]
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        return SchedulerLimits(
+            max_rows=self.rows,
+            max_batch_tokens=self.batch_tokens,
+            max_model_len=self.max_length,
+            block_size=self.block_size,
+            num_blocks=self.blocks + 1,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        fields: dict[str, Any] = json.loads(text)
+        moves = tuple(_move(each) for each in fields.pop("moves"))
+        return cls(**fields, moves=moves)
+
+
+def _move(fields: dict[str, Any]) -> Move:
+    params = fields.pop("params")
+    params["stop_token_ids"] = tuple(params["stop_token_ids"])
+    return replace(Move(**fields, params=SamplingParams(**params)), prompt=tuple(fields["prompt"]))
+
+
+def generate(seed: int) -> Schedule:
+    """The schedule of a seed: few rows, few blocks, small budgets, so that reuse and preemption happen at once."""
+    rng = random.Random(seed)
+    rows, block_size, max_length = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 4]), rng.choice([12, 24, 40])
+    least = -(-(max_length - 1) // block_size)
+    moves: list[Move] = []
+    point = 0
+    for number in range(rng.choice([1, 2, 4, 7])):
+        point += rng.choice([0, 0, 1, 3, 10, 30, 80])
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, max_length // 2, max_length - 1])))
+        moves.append(Move(point, "add", prompt=prompt, params=_params(rng)))
+        for kind in (*rng.choice(_ENDS), *rng.choice(_PAUSES)):
+            moves.append(Move(point + rng.randrange(120), kind, number))  # noqa: PERF401
+    for number in range(rng.choice([0, 0, 0, 0, 1, 3])):
+        moves.append(Move(rng.randrange(point + 60), "exhaust", number))  # noqa: PERF401
+    return Schedule(
+        lookahead=rng.randrange(5),
+        rows=rows,
+        batch_tokens=rows + rng.choice([0, 1, 3, 20]),
+        block_size=block_size,
+        blocks=rng.choice([least, least + 1, least + least // 2, 3 * least]),
+        max_length=max_length,
+        graphs=rng.random() < 0.5,
+        order_seed=rng.randrange(2**32),
+        eagerness=None,
+        reader_lag=rng.choice([0, 0, 1, 3]),
+        moves=tuple(sorted(moves, key=lambda move: move.point)),
+    )
+
+
+def _params(rng: random.Random) -> SamplingParams:
+    greedy = rng.random() < 0.4
+    return SamplingParams(
+        temperature=0.0 if greedy else rng.choice([0.3, 1.0, 2.0]),
+        top_k=0 if greedy else rng.choice([0, 3, 20]),
+        top_p=1.0 if greedy else rng.choice([1.0, 0.7]),
+        min_p=0.0 if greedy else rng.choice([0.0, 0.05]),
+        seed=rng.randrange(2**64),
+        max_tokens=rng.choice([1, 2, 5, 17, 40]),
+        stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 6]))),
+        ignore_eos=rng.random() < 0.3,
+    )
