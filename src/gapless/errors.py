@@ -11,7 +11,7 @@ GaplessError
 │   ├── UnsupportedModelError  the architecture or a feature of it is not implemented
 │   └── CorruptModelError   a file of the model is damaged or incomplete
 ├── InputFileError          an input file of prompts can not be read
-├── OutOfMemoryError        the weights or the KV cache do not fit on the device
+├── OutOfMemoryError        the weights, the KV cache or a step of even one token do not fit on the device
 ├── EngineDeadError         the engine failed earlier; every waiting request gets this
 └── InternalError           a broken invariant: our bug, never the caller's
 """

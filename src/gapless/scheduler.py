@@ -374,11 +374,12 @@ class Scheduler:
         block is reused before all of them have retired.
         """
         table = self.rows
-        for row in np.flatnonzero((table.state > RowState.FREE) & (table.state < RowState.DEAD)).tolist():
+        used = np.flatnonzero(table.state > RowState.FREE)
+        table.last_step[used] = self._next_step - 1
+        for row in used[table.state[used] < RowState.DEAD].tolist():
             if table.state[row] != RowState.PREEMPTED:  # or they are counted already
                 self.stats.recomputed_tokens += int(table.computed[row])
             self._drain(row, RowState.LOST)
-        table.last_step[list(self._draining)] = self._next_step - 1
         self.stats.failed_steps += 1
         self.budget.step_failed(plan.num_tokens)
         self._retire(plan.step)
@@ -398,7 +399,7 @@ class Scheduler:
         self.stats.recomputed_tokens += int(self.rows.computed[row])
         self._drain(row, RowState.PREEMPTED)
 
-    def _drain(self, row: int, state: RowState) -> None:
+    def _drain(self, row: int, state: int) -> None:
         """Run this row no more, and free it once no step in flight has it: at once if none has."""
         self.rows.state[row] = state
         self._rows_changed = True

@@ -181,4 +181,4 @@ def test_the_command_prints_every_window_and_one_line_of_growth(capsys: pytest.C
     summary = json.loads(lines[-1])
     assert (summary["steps"], summary["rows"], summary["lookahead"]) == (200, 2, 2)
     assert len(summary["windows"]) == 20
-    assert set(summary["end_over_start"]) == {"wall_us", "cpu_us"}
+    assert set(summary["end_over_start"]) == {"wall_us", "wall_us_p10", "cpu_us"}

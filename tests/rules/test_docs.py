@@ -11,7 +11,7 @@ TEXT = (ROOT / "docs" / "correctness.md").read_text()
 PROPERTIES = 26
 
 
-def tests_of(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -20,7 +20,7 @@ def test_every_test_that_the_docs_name_exists():
     assert len(named) > PROPERTIES
     for file, name in named:
         assert (ROOT / file).is_file(), file
-        assert not name or name in tests_of(ROOT / file), f"{file} has no {name}"
+        assert not name or name in names_in(ROOT / file), f"{file} has no {name}"
 
 
 def test_every_property_has_a_line_with_a_test_or_a_reason():

@@ -40,8 +40,13 @@ SHORTAGES: list[Callable[[], None]] = [raise_ours, raise_python_s, raise_torch_s
 class ScarceModel(HashModel):
     """Has no memory for a step that `fails`, which is told the step's tokens; the cache has been written by then."""
 
-    def __init__(self, fails: Callable[[int], bool], shortage: Callable[[], None] = raise_ours) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        fails: Callable[[int], bool],
+        shortage: Callable[[], None] = raise_ours,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(device=device)
         self.fails: Callable[[int], bool] = fails
         self.shortage = shortage
 

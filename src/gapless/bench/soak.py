@@ -34,6 +34,8 @@ from gapless.request import FinishReason, Request, SamplingParams
 from gapless.sampling import make_sampler
 from gapless.scheduler import SchedulerStats
 
+TIMES = ("wall_us", "wall_us_p10", "cpu_us")
+COUNTS = ("objects", "blocks", "tensor_bytes", "pinned_bytes", "resident_bytes")
 WINDOWS = 20
 STEADY_STEPS = 200
 _STEADY_LEAD = 20  # steps until the pipeline is full and only decodes
@@ -50,8 +52,9 @@ _STATM = Path("/proc/self/statm")
 class Window:
     """What the steps of a window cost, and what was alive after it, once garbage was collected.
 
-    wall_us         microseconds by the clock of a step and its intake: the median, so what interrupts it hardly counts
-    cpu_us          the thread's CPU time of the same: the mean, so rare steps that cost much count
+    wall_us         microseconds by the clock of a step and its intake: the median
+    wall_us_p10     the same of the fastest tenth, its upper end: the least disturbed by what else the machine does
+    cpu_us          the thread's CPU time of a step and its intake: the mean, so that rare expensive steps count
     objects         objects that the garbage collector tracks
     blocks          blocks of memory that Python's allocator has lent: small objects of any kind
     tensor_bytes    storages of all plain tensors, those of the "device" included
@@ -61,6 +64,7 @@ class Window:
     """
 
     wall_us: float
+    wall_us_p10: float
     cpu_us: float
     objects: int
     blocks: int
@@ -174,7 +178,8 @@ class Soak:
                 self._churn(wall_ns, cpu_ns)
             finally:
                 gc.enable()
-            reading[:] = np.median(wall_ns) / 1e3, cpu_ns.mean() / 1e3, *self._count_alive()
+            times = (np.median(wall_ns), np.quantile(wall_ns, 0.1), cpu_ns.mean())
+            reading[:] = *(each / 1e3 for each in times), *self._count_alive()
         ended = dict(self._ended)
         return SoakReport(
             rows=self.admission.limits.max_rows,
@@ -275,20 +280,19 @@ class Soak:
 
 
 def _window(reading: list[float]) -> Window:
-    wall_us, cpu_us, *counts = reading
-    return Window(round(wall_us, 1), round(cpu_us, 1), *map(int, counts))
+    median, tenth, cpu, *counts = reading
+    return Window(round(median, 1), round(tenth, 1), round(cpu, 1), *map(int, counts))
 
 
 def as_json(report: SoakReport) -> dict[str, object]:
     """What `gapless bench soak --json` prints last."""
-    counts = ("objects", "blocks", "tensor_bytes", "pinned_bytes", "resident_bytes")
     return {
         "rows": report.rows,
         "lookahead": report.lookahead,
         "steps": report.steps,
         "windows": [asdict(window) for window in report.windows],
-        "growth_per_100k": {name: round(report.growth_per_100k(name), 1) for name in counts},
-        "end_over_start": {name: round(report.ratio(name), 4) for name in ("wall_us", "cpu_us")},
+        "growth_per_100k": {name: round(report.growth_per_100k(name), 1) for name in COUNTS},
+        "end_over_start": {name: round(report.ratio(name), 4) for name in TIMES},
         "calls_per_decode_step": [calls / STEADY_STEPS for calls in (report.calls_before, report.calls_after)],
         "ended": {reason.value: count for reason, count in report.ended.items()},
         "stats": asdict(report.stats),

@@ -56,13 +56,13 @@ def soak(
 
     report = Soak.build(rows, lookahead).run(steps)
     print(
-        f"{'steps':>8} {'us/step':>8} {'CPU us':>7} {'objects':>9} {'blocks':>9} {'tensors':>10} {'pinned':>9} "
-        f"{'resident':>10} {'cyclic':>7}"
+        f"{'steps':>8} {'us/step':>8} {'p10 us':>7} {'CPU us':>7} {'objects':>9} {'blocks':>9} {'tensors':>9} "
+        f"{'pinned':>9} {'resident':>10} {'cyclic':>7}"
     )
     for number, window in enumerate(report.windows, 1):
         print(
-            f"{number * report.window_steps:>8} {window.wall_us:>8} {window.cpu_us:>7} {window.objects:>9} "
-            f"{window.blocks:>9} {window.tensor_bytes:>10} {window.pinned_bytes:>9} "
+            f"{number * report.window_steps:>8} {window.wall_us:>8} {window.wall_us_p10:>7} {window.cpu_us:>7} "
+            f"{window.objects:>9} {window.blocks:>9} {window.tensor_bytes:>9} {window.pinned_bytes:>9} "
             f"{window.resident_bytes / 2**20:>6.1f} MiB {window.cyclic:>7}"
         )
     ended = ", ".join(f"{count} {reason.value}" for reason, count in report.ended.items())
@@ -73,7 +73,7 @@ def soak(
     )
     print(
         f"growth per 100,000 steps: {grown}; time end/start: {report.ratio('wall_us'):.3f}, "
-        f"CPU {report.ratio('cpu_us'):.3f}; function calls per decode step: "
+        f"p10 {report.ratio('wall_us_p10'):.3f}, CPU {report.ratio('cpu_us'):.3f}; function calls per decode step: "
         f"{report.calls_before / STEADY_STEPS:.2f} before, {report.calls_after / STEADY_STEPS:.2f} after"
     )
     if json_output:

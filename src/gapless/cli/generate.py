@@ -9,7 +9,7 @@ import typer
 from gapless.cli import options
 from gapless.cli.files import STANDARD, check_files, open_lines, open_results
 from gapless.cli.setup import load_llm, make_config, warn
-from gapless.cli.signals import INTERRUPTED, Terminated, leave_on_signal
+from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
 from gapless.errors import ConfigError
 
 
@@ -96,14 +96,12 @@ def generate(
             with open_results(STANDARD if target is None else target) as writer:
                 run = BatchRun(llm, params, writer, open_lines(source))
                 try:
-                    run.run()
+                    with sigterm_leaves(lambda: f"terminated; {writer.written} lines are written"):
+                        run.run()
                 except KeyboardInterrupt:
-                    leave_on_signal()
+                    leave_on_sigint()
                     warn(f"interrupted; {writer.written} lines are written")
                     raise typer.Exit(INTERRUPTED) from None
-                except Terminated:
-                    warn(f"terminated; {writer.written} lines are written")
-                    raise
                 failed = run.errors
         elif target is not None:
             with open_results(target) as writer:

@@ -14,7 +14,7 @@ import typer
 from gapless import __version__
 from gapless.cli import bench, chat, env, generate, options
 from gapless.cli.setup import warn
-from gapless.cli.signals import INTERRUPTED, TERMINATED, Terminated, leave_on_signal, sigterm_raises
+from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
 from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
     try:
-        with sigterm_raises():
+        with sigterm_leaves():
             app(args=argv, prog_name="gapless")
     except GaplessError as error:
         if os.environ.get("GAPLESS_DEBUG") == "1":
@@ -75,8 +75,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
         warn(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        leave_on_signal()
+        leave_on_sigint()
         sys.exit(INTERRUPTED)
-    except Terminated:
-        sys.exit(TERMINATED)
     sys.exit(0)

@@ -180,7 +180,7 @@ class _KeepsView(RigSlots):
 class _FreesAtCommit(RigScheduler):
     """A row and its blocks come back as soon as the sequence ends, whatever is in flight."""
 
-    def _drain(self, row: int, state: RowState) -> None:
+    def _drain(self, row: int, state: int) -> None:
         super()._drain(row, state)
         if row in self._draining:
             self._release(row)
@@ -189,7 +189,7 @@ class _FreesAtCommit(RigScheduler):
 class _FreesBlocksAtCommit(RigScheduler):
     """The row waits for retirement, its blocks do not."""
 
-    def _drain(self, row: int, state: RowState) -> None:
+    def _drain(self, row: int, state: int) -> None:
         super()._drain(row, state)
         if row in self._draining:
             count = int(self.rows.num_blocks[row])

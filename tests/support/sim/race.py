@@ -30,6 +30,8 @@ from support.sim.shrink import shrink
 CHUNK = 250
 STATE = Path(".race") / "state.json"
 MAX_KEPT = 100
+POLICY = ("blocks", "budget", "config", "errors", "outcome", "plan", "request", "rows", "scheduler")
+ENGINE = (*(f"{name}.py" for name in POLICY), "device", "engine", "sampling")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -102,11 +104,12 @@ class State:
 
 
 def fingerprint() -> str:
-    """Of the engine's code and the rig's: what a result is good for."""
+    """Of the code that a schedule runs: what a result is good for."""
     digest = hashlib.sha256()
-    for root in (Path(gapless.__file__).parent, Path(__file__).parent.parent):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.read_bytes())
+    package, support = Path(gapless.__file__).parent, Path(__file__).parent.parent
+    for path in [*(package / name for name in ENGINE), support / "hash_model.py", support / "sim"]:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

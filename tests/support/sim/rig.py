@@ -101,8 +101,21 @@ class RigScheduler(Scheduler):
         plan = super().plan()
         self._check_order(oldest, rowless)
         if plan is not None:
+            self._check_plan(plan)
             self.rig.boundary("planned", plan.step)
         return plan
+
+    def _check_plan(self, plan: Plan) -> None:
+        """What fill, attention and sampler rely on."""
+        counts, decodes, rows = plan.counts_E, plan.num_decodes, plan.rows_E
+        if not 0 < plan.num_tokens <= min(self.limits.max_batch_tokens, self.budget.tokens):
+            raise Broken("books", f"a step of {plan.num_tokens} tokens, over the budget of {self.budget.tokens}")
+        if plan.num_tokens != counts.sum() or (counts[:decodes] != 1).any() or (counts[decodes:] <= 1).any():
+            raise Broken("books", f"query tokens {counts.tolist()} do not begin with {decodes} decodes")
+        if np.unique(rows).size != rows.size or plan.all_greedy != self.rows.greedy[rows].all():
+            raise Broken("books", f"rows {rows.tolist()} are there twice, or all_greedy is wrong")
+        if plan.block_ids_U.size > self.limits.max_block_updates:
+            raise Broken("books", f"{plan.block_ids_U.size} block updates do not fit into a slot")
 
     def _check_order(self, oldest: int | None, rowless: set[int]) -> None:
         """First come, first served, and the oldest is never preempted for blocks."""
@@ -124,6 +137,7 @@ class RigScheduler(Scheduler):
 
     def abandon(self, plan: Plan) -> Committed:
         self.rig.boundary("abandon", plan.step)
+        self.rig.count_failure()
         committed = super().abandon(plan)
         self.rig.ended.update(end.request_id for end in committed.finished)
         self.rig.boundary("abandoned", plan.step)
@@ -285,7 +299,7 @@ class Rig:
         if self.steps > MAX_STEPS:
             raise Broken("liveness", f"{len(self.requests) - len(self.finished)} requests have not ended")
         self.loop.check_integrity()
-        self._count_placeholders()
+        self._recount()
         self._read(self.schedule.reader_lag)
 
     def boundary(self, name: str, step: int = -1, slot: str = "") -> None:
@@ -295,7 +309,12 @@ class Rig:
         self._act()
 
     _asked = 0  # preemptions by moves
+    _failed = 0  # steps that ran out of memory
     _most_placeholders = 0  # of one sequence
+
+    def count_failure(self) -> None:
+        """A step has run out of memory."""
+        self._failed += 1
 
     def take_shortage(self, slot: Slot) -> Shortage | None:
         """Whether the step in this slot runs out of memory. One of a single token never does: it could not go on."""
@@ -318,8 +337,15 @@ class Rig:
                         self.cancelled.add(request_id)
                     self.scheduler.cancel(request_id)
                 else:
-                    self._asked += self.scheduler.preempt(request_id)
+                    self._preempt(request_id)
                 self.device.moment(f"{move.kind} request {request_id}")
+
+    def _preempt(self, request_id: int) -> None:
+        if self.scheduler.preempt(request_id):
+            self._asked += 1
+            table = self.scheduler.rows
+            if (table.state[table.request_id == request_id] != RowState.PREEMPTED).any():
+                raise Broken("books", f"request {request_id} runs on after its preemption")
 
     def _add(self, move: Move) -> None:
         request = self.admission.make_request(move.prompt, move.params)
@@ -357,12 +383,17 @@ class Rig:
 
     # ------------------------------------------------------------ the checks
 
-    def _count_placeholders(self) -> None:
-        table = self.scheduler.rows
+    def _recount(self) -> None:
+        """Placeholders and the numbers that the scheduler gives of itself."""
+        table, scheduler = self.scheduler.rows, self.scheduler
         unknown = table.length - table.known
         if unknown.min() < 0 or unknown.max() > self.schedule.lookahead + 1:
             raise Broken("books", f"placeholders by row: {unknown.tolist()}")
         self._most_placeholders = max(self._most_placeholders, int(unknown.max()))
+        running = int(((table.state != RowState.FREE) & (table.state != RowState.DEAD)).sum())
+        open_requests = len(self.requests) - len(self.ended | self.cancelled)
+        if (scheduler.num_running, scheduler.num_waiting) != (running, open_requests - running):
+            raise Broken("books", f"{scheduler.num_running} running and {scheduler.num_waiting} waiting is wrong")
 
     def _check_request(self, request: Request, end: Finished) -> None:
         """The oracle: exactly what it gets alone, or a beginning of that if it was cancelled."""
@@ -397,6 +428,15 @@ class Rig:
             raise Broken("books", "a slot is still lent")
         if not self.device.idle:
             raise Broken("books", "work is still queued on the device")
+        stats = scheduler.stats
+        if stats.generated_tokens != sum(map(len, self.tokens.values())):
+            raise Broken("books", f"{stats.generated_tokens} generated tokens were counted")
+        prompts = {each.request_id: each.prompt.size for each in self.requests}
+        never_ran = sum(size for request_id, size in prompts.items() if not self.tokens[request_id])
+        if not sum(prompts.values()) - never_ran <= stats.prompt_tokens <= sum(prompts.values()):
+            raise Broken("books", f"{stats.prompt_tokens} prompt tokens were counted")
+        if stats.failed_steps != self._failed or stats.preemptions < self._asked:
+            raise Broken("books", f"{stats.failed_steps} failed steps and {stats.preemptions} preemptions were counted")
         ends = [self.finished[each.request_id].reason for each in self.requests]
         ahead = self.schedule.lookahead
         allowed = ends.count(FinishReason.STOP) * ahead + ends.count(FinishReason.CANCELLED) * (ahead + 1)

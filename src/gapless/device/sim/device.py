@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 
 from gapless.device.base import Access, Event, Graph, Note, Stream
+from gapless.device.faults import Faults
 from gapless.device.sim.frame import Frame
 from gapless.device.sim.order import Order, Ready
 from gapless.device.sim.races import HOST, CallSite, Clock, RaceChecker
 from gapless.device.sim.timeline import Span, Timeline
-from gapless.errors import InternalError, OutOfMemoryError
+from gapless.errors import InternalError
 
 POISON = -1_163_005_939  # what released int32 memory holds: no token, no row, no block
 TICK = 1e-6  # virtual seconds that everything takes where no cost is given
@@ -97,7 +98,7 @@ class SimStream:
         self.thread = thread
         self.queue: deque[_Work | _Record | _Wait] = deque()
         self.free_at = 0.0
-        self.error: BaseException | None = None
+        self.faults = Faults()
         self.queued = 0  # pieces of work so far: the epoch of the newest one, less 1
         self._device = device
 
@@ -221,8 +222,8 @@ class SimDevice:
         stream.enqueue(work, Note("start-up", -1, ""))
         assert isinstance(stream, SimStream)
         self._drain(stream)
-        if stream.error is not None:
-            raise stream.error
+        if (error := stream.faults.carried()) is not None:
+            raise error
 
     def memory(self) -> tuple[int, int]:
         return 2**33, 2**33
@@ -352,13 +353,11 @@ class SimDevice:
                 mark = head.mark
                 stream.free_at = max(stream.free_at, head.queued_at)
                 mark.clock = self.checker.clocks[stream.thread].copy()
-                mark.reached, mark.at, mark.error = True, stream.free_at, stream.error
-                if isinstance(stream.error, OutOfMemoryError):
-                    stream.error = None
+                mark.reached, mark.at, mark.error = True, stream.free_at, stream.faults.carried()
             elif isinstance(head, _Wait) and head.mark.reached:
                 self.checker.join(stream.thread, head.mark.clock)
                 stream.free_at = max(stream.free_at, head.mark.at)
-                stream.error = stream.error or head.mark.error
+                stream.faults.inherit(head.mark.error)
             else:
                 break
             stream.queue.popleft()
@@ -379,14 +378,11 @@ class SimDevice:
             end = self.now + TICK
         note = piece.note
         self.timeline.add(Span(stream.name, note.name, note.step, note.slot, begin, end))
-        if stream.error is None:
-            self._running = (stream, piece)
-            try:
-                self.run_checked(piece.run, note.accesses)
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the stream
-                stream.error = error
-            finally:
-                self._running = None
+        self._running = (stream, piece)
+        try:
+            stream.faults.run(lambda: self.run_checked(piece.run, note.accesses))
+        finally:
+            self._running = None
 
     def _drain(self, stream: SimStream) -> None:
         """Run until this stream is empty, and let the host know of it."""
