@@ -13,7 +13,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gapless.blocks import NULL_BLOCK, BlockPool
 from gapless.budget import TokenBudget
@@ -155,7 +154,7 @@ class Scheduler:
         """Decide the next step and count it as scheduled. None if no row can run before another step retires."""
         self._refresh_rows()
         decode_rows, blocks = self._plan_decodes()
-        budget = self.budget.tokens - decode_rows.size
+        budget = self.budget.tokens - self._decoding.size  # with those that sit out, so that all can decode at once
         chunk_rows, chunk_counts = self._plan_chunks(budget)
         admitted, grown = self._admit(budget - sum(chunk_counts))
         chunk_rows += [row for row, _ in admitted]
@@ -166,36 +165,31 @@ class Scheduler:
 
     def _plan_decodes(self) -> tuple[Ints, Ints]:
         """Rows that decode one token, and [3, U] the (row, column, block) that they gain."""
-        rows, wants = self._decodes_within_budget()
+        rows, table = self._decoding, self.rows
+        wants = table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
         needed = int(np.count_nonzero(wants))
         if not needed:
             return rows, np.zeros((3, 0), dtype=np.int32)
         if needed > self.pool.num_free:
-            self._preempt_for_blocks()
-            rows, wants = self._decodes_within_budget()
+            self._preempt_for(needed)
+            rows = self._decoding
+            wants = table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
             stalled = np.flatnonzero(wants)[self.pool.num_free :]  # the youngest wait until blocks have retired
             rows, wants = np.delete(rows, stalled), np.delete(wants, stalled)
         return rows, self._grow(rows[wants])
 
-    def _decodes_within_budget(self) -> tuple[Ints, NDArray[np.bool_]]:
-        """The decoding rows that the budget has room for, oldest first, and which of them want another block."""
-        rows, table, room = self._decoding, self.rows, self.budget.tokens
-        if rows.size >= room and self._prefilling.size:
-            # A prompt that is older than all of them gets a token: the oldest always goes on.
-            room -= int(table.request_id[self._prefilling[0]] < table.request_id[rows[0]])
-        rows = rows[:room]
-        return rows, table.computed[rows] == table.num_blocks[rows] * self.limits.block_size
-
-    def _preempt_for_blocks(self) -> None:
+    def _preempt_for(self, needed: int) -> None:
         """Preempt youngest first until the blocks that are free, or come back by retirement, cover the need."""
         table = self.rows
         coming = int(table.num_blocks[list(self._draining)].sum()) if self._draining else 0
-        while np.count_nonzero(self._decodes_within_budget()[1]) > self.pool.num_free + coming:
+        while needed > self.pool.num_free + coming:
             running = np.concatenate((self._decoding, self._prefilling))
             if running.size <= 1:
                 raise InternalError("the oldest sequence does not fit in the KV cache on its own")
             victim = int(running[np.argmax(table.request_id[running])])
             had_free = self.pool.num_free
+            if table.length[victim] - table.computed[victim] == 1:
+                needed -= int(table.computed[victim] == table.num_blocks[victim] * self.limits.block_size)
             held = int(table.num_blocks[victim])
             self._preempt(victim)
             coming += held if self.pool.num_free == had_free else 0
@@ -371,7 +365,8 @@ class Scheduler:
 
         Every unfinished sequence is recomputed, not only those of the step. If it failed before its table deltas, the
         steps in flight behind it use old block tables, with blocks that may be anybody's by now: so nobody's row or
-        block is reused before all of them have retired.
+        block is reused before all of them have retired. It also means that the budget, which shrinks, holds for the
+        rows that decode: they are admitted within it.
         """
         table = self.rows
         used = np.flatnonzero(table.state > RowState.FREE)
@@ -435,8 +430,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise InternalError if the books do not agree. Cost grows with rows; for tests and idle moments."""
         table, bs = self.rows, self.limits.block_size
-        if not 1 <= self.budget.tokens <= self.limits.max_batch_tokens:
-            raise InternalError(f"a step may have {self.budget.tokens} tokens")
+        decoding = int(np.count_nonzero((table.state == RowState.RUNNING) & (table.length - table.computed == 1)))
+        if not max(1, decoding) <= self.budget.tokens <= self.limits.max_batch_tokens:
+            raise InternalError(f"a step may have {self.budget.tokens} tokens, and {decoding} rows decode")
         used = [row for row, owner in enumerate(self._row_owner) if owner is not None]
         owned = [table.block_table[row, : table.num_blocks[row]] for row in used]
         self.pool.check_integrity(np.concatenate(owned) if owned else _EMPTY)

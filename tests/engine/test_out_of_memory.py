@@ -46,9 +46,8 @@ def assert_undisturbed(engine: ScarceHarness, requests: Sequence[Request]) -> No
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-@pytest.mark.parametrize("shortage", SHORTAGES)
-@pytest.mark.parametrize("most", [1, 2, 5, 12])
-def test_steps_that_are_too_large_are_made_smaller(lookahead: int, shortage: Callable[[], None], most: int):
+@pytest.mark.parametrize(("most", "shortage"), [(1, raise_ours), *zip([2, 5, 12], SHORTAGES, strict=True)])
+def test_steps_that_are_too_large_are_made_smaller(lookahead: int, most: int, shortage: Callable[[], None]):
     model = ScarceModel(lambda tokens: tokens > most, shortage)
     with ScarceHarness(config(lookahead), model) as engine:
         requests = add_all(engine, [[n] * (3 + 5 * n) for n in range(9)], max_tokens=12)
@@ -60,7 +59,7 @@ def test_steps_that_are_too_large_are_made_smaller(lookahead: int, shortage: Cal
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(8))
 def test_failures_at_any_time_leave_every_request_its_tokens(seed: int, lookahead: int):
     luck = random.Random(seed)
     model = ScarceModel(lambda tokens: tokens > 1 and luck.random() < 0.15)
@@ -69,7 +68,7 @@ def test_failures_at_any_time_leave_every_request_its_tokens(seed: int, lookahea
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-@pytest.mark.parametrize("seed", range(100, 125))
+@pytest.mark.parametrize("seed", range(100, 114))
 def test_failures_at_any_place_leave_every_request_its_tokens(seed: int, lookahead: int):
     """Before the table deltas, after the sampler, in either copy: each leaves other things undone behind it."""
     luck = random.Random(seed)

@@ -9,7 +9,8 @@ import pytest
 
 from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
-from support.sim.rig import Parts, RigScheduler, run
+from support.sim.parts import Parts, RigScheduler
+from support.sim.rig import run
 from support.sim.schedule import generate
 
 SEEDS = range(60)

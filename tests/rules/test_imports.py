@@ -118,7 +118,15 @@ def test_torch_cuda_is_used_in_one_file_only(path: Path):
 
 
 WAITS = re.compile(r"\.(synchronize|item|cpu|nonzero)\(|\.to\(.cpu.\)")
-MAY_WAIT = {"device.cpu", "device.cuda", "device.null", "device.base", "device.sim.device", "engine.slots"}
+MAY_WAIT = {
+    "device.cpu",
+    "device.cuda",
+    "device.null",
+    "device.base",
+    "device.sim.streams",
+    "device.sim.device",
+    "engine.slots",
+}
 REFERENCES = {"attention.torch_reference", "sampling.torch_sampler"}  # the CPU's, which may look at their data
 HOT_ROOMS = {
     "engine",

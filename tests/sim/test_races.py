@@ -11,7 +11,7 @@ import torch
 
 from gapless.device.base import Access, Note
 from gapless.device.sim import Race, RandomOrder, SimDevice
-from gapless.device.sim.device import SimStream
+from gapless.device.sim.streams import SimStream
 from gapless.errors import InternalError
 
 SEEDS = range(30)

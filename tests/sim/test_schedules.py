@@ -15,8 +15,9 @@ from gapless.request import FinishReason
 from gapless.sampling.torch_sampler import TorchSampler
 from support.hash_model import HashModel
 from support.sim.model import answer
+from support.sim.parts import Parts
 from support.sim.race import replay_command
-from support.sim.rig import Parts, Result, run
+from support.sim.rig import Result, run
 from support.sim.schedule import Schedule, generate
 
 CHUNKS, CHUNK = 40, 50

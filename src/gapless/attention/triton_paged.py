@@ -9,17 +9,22 @@ from gapless.attention.base import AttentionBatch, LayerKV, append_kv
 from gapless.kernels.paged_decode import paged_decode
 from gapless.kernels.paged_prefill import paged_prefill
 
+MIN_ARRIVED = 65536  # pairs that the first allocation is good for: more than batches have
+
 
 class TritonAttention:
     """Two launches: decodes split over their KV, other entries tiled over their queries. Never synchronises.
 
-    `multiprocessors` of the device sets how many splits a decode gets.
+    `multiprocessors` of the device sets into how many units decodes are cut. For one stream: decodes count the units
+    that are done in memory which the first call allocates and every later one shares, so that call must not be in a
+    graph's capture.
     """
 
     name = "triton"
 
     def __init__(self, multiprocessors: int) -> None:
         self._multiprocessors = multiprocessors
+        self._arrived_P: Tensor | None = None
 
     def append(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
         append_kv(k_TKD, v_TKD, kv, batch)
@@ -28,7 +33,21 @@ class TritonAttention:
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
         num_decodes = batch.num_decodes
         if num_decodes:
-            paged_decode(q_TND[:num_decodes], out_TND[:num_decodes], kv, batch, scale, self._multiprocessors)
+            paged_decode(
+                q_TND[:num_decodes],
+                out_TND[:num_decodes],
+                kv,
+                batch,
+                scale,
+                self._multiprocessors,
+                arrived_P=self._arrived(num_decodes * kv.k_BKSD.shape[1], q_TND.device),
+            )
         if num_decodes < batch.rows_E.shape[0]:
             paged_prefill(q_TND, out_TND, kv, batch, scale)
         return out_TND
+
+    def _arrived(self, pairs: int, device: torch.device) -> Tensor:
+        """int32 zeros, at least one per pair of entry and key/value head, of which kernels leave zeros."""
+        if self._arrived_P is None or len(self._arrived_P) < pairs:
+            self._arrived_P = torch.zeros(max(pairs, MIN_ARRIVED), dtype=torch.int32, device=device)
+        return self._arrived_P

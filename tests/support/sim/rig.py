@@ -1,196 +1,29 @@
-"""Runs a schedule on the simulated device and says what went wrong, if anything did.
-
-The engine's own components are subclassed, never patched: they open their phase boundaries to the schedule's moves,
-and fill with rubbish what they release. A planted fault swaps one of them for a worse one.
-"""
+"""Runs a schedule on the simulated device and says what went wrong, if anything did."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.blocks import BlockPool
-from gapless.config import SchedulerLimits
 from gapless.device.sim import RandomOrder, SimDevice
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import capturer
 from gapless.engine.graphs import GraphTable
-from gapless.engine.layout import StepShape, packed_capacity
+from gapless.engine.layout import packed_capacity
 from gapless.engine.loop import Loop
-from gapless.engine.runner import Extent, Runner
-from gapless.engine.slots import Slot, SlotRing
+from gapless.engine.slots import Slot
 from gapless.engine.tables import DeviceTables
-from gapless.errors import OutOfMemoryError
-from gapless.models.base import Model
 from gapless.outcome import Committed, Finished
-from gapless.plan import Ints, Plan
 from gapless.request import FinishReason, Request
-from gapless.rows import RowState, RowTable
-from gapless.sampling.base import Sampler
-from gapless.scheduler import Scheduler
-from support.sim.model import MixSampler, NumpyHashModel, answer
+from gapless.rows import RowState
+from support.sim.parts import Broken, Parts, Shortage, Violation
 from support.sim.schedule import Move, Schedule
 
 MAX_STEPS = 3000
-POISON_TOKEN = -1_163_005_939
-
-Finding = Literal["race", "tokens", "books", "liveness", "error"]
-Shortage = Literal["at its start", "at its end"]
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """What was broken, by which of the checks."""
-
-    finding: Finding
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.finding}: {self.text}"
-
-
-class Broken(Exception):  # noqa: N818 - not an error of the program
-    """Ends a run at its first violation."""
-
-    def __init__(self, finding: Finding, text: str) -> None:
-        super().__init__(f"{finding}: {text}")
-        self.violation = Violation(finding, text)
-
-
-class RigPool(BlockPool):
-    """Fills released KV blocks with rubbish."""
-
-    rig: Rig
-
-    def release(self, ids: NDArray[np.int32]) -> None:
-        super().release(ids)
-        self.rig.poison_blocks(ids[self._references[ids] == 0])
-
-
-class RigRows(RowTable):
-    """Fills released rows with rubbish, here and on the device."""
-
-    rig: Rig
-
-    def clear(self, row: int) -> None:
-        super().clear(row)
-        self.tokens[row] = POISON_TOKEN
-        self.rig.poison_row(row)
-
-
-class RigScheduler(Scheduler):
-    """Lets the schedule act after plan, before commit and after it."""
-
-    def __init__(self, limits: SchedulerLimits, rig: Rig) -> None:
-        super().__init__(limits)
-        self.rig = rig
-        self.pool = rig.parts.pool(limits.num_blocks)
-        self.rows = rig.parts.rows(limits.max_rows, limits.max_model_len, limits.block_columns)
-        self.pool.rig = self.rows.rig = rig
-
-    def plan(self) -> Plan | None:
-        table, rowless = self.rows, self.requests_without_row()
-        running = table.state == RowState.RUNNING
-        oldest = int(table.request_id[running].min()) if running.any() else None
-        plan = super().plan()
-        self._check_order(oldest, rowless)
-        if plan is not None:
-            self._check_plan(plan)
-            self.rig.boundary("planned", plan.step)
-        return plan
-
-    def _check_plan(self, plan: Plan) -> None:
-        """What fill, attention and sampler rely on."""
-        counts, decodes, rows = plan.counts_E, plan.num_decodes, plan.rows_E
-        if not 0 < plan.num_tokens <= min(self.limits.max_batch_tokens, self.budget.tokens):
-            raise Broken("books", f"a step of {plan.num_tokens} tokens, over the budget of {self.budget.tokens}")
-        if plan.num_tokens != counts.sum() or (counts[:decodes] != 1).any() or (counts[decodes:] <= 1).any():
-            raise Broken("books", f"query tokens {counts.tolist()} do not begin with {decodes} decodes")
-        if np.unique(rows).size != rows.size or plan.all_greedy != self.rows.greedy[rows].all():
-            raise Broken("books", f"rows {rows.tolist()} are there twice, or all_greedy is wrong")
-        if plan.block_ids_U.size > self.limits.max_block_updates:
-            raise Broken("books", f"{plan.block_ids_U.size} block updates do not fit into a slot")
-
-    def _check_order(self, oldest: int | None, rowless: set[int]) -> None:
-        """First come, first served, and the oldest is never preempted for blocks."""
-        table, left = self.rows, self.requests_without_row()
-        admitted = rowless - left
-        draining = (table.state == RowState.PREEMPTED) | (table.state == RowState.LOST)
-        left |= set(table.request_id[draining].tolist())
-        if oldest in left:
-            raise Broken("liveness", "the oldest running request was preempted")
-        if admitted and left and max(admitted) > min(left):
-            raise Broken("liveness", f"request {max(admitted)} was admitted before {min(left)}")
-
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
-        self.rig.boundary("commit", plan.step)
-        committed = super().commit(plan, sampled)
-        self.rig.ended.update(end.request_id for end in committed.finished)
-        self.rig.boundary("committed", plan.step)
-        return committed
-
-    def abandon(self, plan: Plan) -> Committed:
-        self.rig.boundary("abandon", plan.step)
-        self.rig.count_failure()
-        committed = super().abandon(plan)
-        self.rig.ended.update(end.request_id for end in committed.finished)
-        self.rig.boundary("abandoned", plan.step)
-        return committed
-
-
-class RigSlots(SlotRing):
-    """Lets the schedule act before collect; fills a collected slot with rubbish."""
-
-    rig: Rig
-
-    def collect(self, slot: Slot) -> Ints:
-        self.rig.boundary("collect", slot=slot.letter)
-        try:
-            return super().collect(slot)
-        finally:
-            self.rig.poison_slot(slot)
-
-
-class RigRunner(Runner):
-    """Lets the schedule act between fill and launch, and after it, and take the compute stage's memory away."""
-
-    rig: Rig
-
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
-        shortage = self.rig.take_shortage(slot)
-        if shortage == "at its start":
-            raise OutOfMemoryError("the schedule has taken the memory")
-        super().compute_step(slot, shape, extent)
-        if shortage == "at its end":
-            raise OutOfMemoryError("the schedule has taken the memory")
-
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        self.rig.tokens_in[slot.letter] = plan.num_tokens
-        self.rig.boundary("launch", plan.step, slot.letter)
-        super().launch(plan, slot, shape)
-        self.rig.boundary("launched", plan.step, slot.letter)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a rig is put together from. A fault replaces one."""
-
-    device: type[SimDevice] = SimDevice
-    scheduler: type[RigScheduler] = RigScheduler
-    pool: type[RigPool] = RigPool
-    rows: type[RigRows] = RigRows
-    slots: type[RigSlots] = RigSlots
-    runner: type[RigRunner] = RigRunner
-    model: Callable[[], Model] = NumpyHashModel
-    sampler: Callable[[], Sampler] = MixSampler
-    expected: Callable[[Request], list[int]] | None = answer
-    audit: bool = False
 
 
 @dataclass

@@ -11,148 +11,22 @@ common clock, which shows the order and nothing else.
 
 from __future__ import annotations
 
-import inspect
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cache
-from types import CodeType
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.device.base import Access, Event, Graph, Note, Stream
-from gapless.device.faults import Faults
+from gapless.device.base import Access, Graph, Note, Stream
 from gapless.device.sim.frame import Frame
 from gapless.device.sim.order import Order, Ready
-from gapless.device.sim.races import HOST, CallSite, Clock, RaceChecker
+from gapless.device.sim.races import HOST, RaceChecker
+from gapless.device.sim.streams import Record, SimEvent, SimGraph, SimStream, TrackedArray, Wait, Work, call_site
 from gapless.device.sim.timeline import Span, Timeline
 from gapless.errors import InternalError
 
 POISON = -1_163_005_939  # what released int32 memory holds: no token, no row, no block
 TICK = 1e-6  # virtual seconds that everything takes where no cost is given
-_NOT_SITES = ("/device/sim/", "/numpy/", "/torch/")  # code that a call site is not in
-
-
-@dataclass(slots=True, eq=False)
-class _Mark:
-    """One record of an event."""
-
-    name: str
-    clock: Clock = field(default_factory=list[int])
-    reached: bool = False
-    at: float = 0.0
-    error: BaseException | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    run: Callable[[], None]
-    note: Note
-    clock: Clock
-    queued_at: float
-    site: CallSite
-
-
-@dataclass(slots=True, eq=False)
-class _Record:
-    mark: _Mark
-    queued_at: float
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    mark: _Mark
-
-
-class SimEvent:
-    """Refers to its latest record."""
-
-    def __init__(self, device: SimDevice, name: str) -> None:
-        self.name = name
-        self.mark: _Mark | None = None
-        self._device = device
-
-    def synchronize(self) -> None:
-        self._device.host_waits_for(self)
-
-    def done(self) -> bool:
-        self._device.host_acts()
-        return self.mark is None or self.mark.reached
-
-    def seconds_since(self, earlier: Event) -> float:
-        if not isinstance(earlier, SimEvent) or self.mark is None or earlier.mark is None:
-            raise InternalError("seconds_since needs two recorded events of the sim device")
-        if not (self.mark.reached and earlier.mark.reached):
-            raise InternalError("seconds_since needs two events that have been reached")
-        return self.mark.at - earlier.mark.at
-
-
-class SimStream:
-    """A queue whose head runs when the device's order picks it."""
-
-    def __init__(self, device: SimDevice, name: str, thread: int) -> None:
-        self.name = name
-        self.thread = thread
-        self.queue: deque[_Work | _Record | _Wait] = deque()
-        self.free_at = 0.0
-        self.faults = Faults()
-        self.queued = 0  # pieces of work so far: the epoch of the newest one, less 1
-        self._device = device
-
-    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-        note = note or Note("work", -1, "")
-        self._device.host_prepares(note)
-        self.queued += 1
-        clock = self._device.checker.fork(0)
-        self.queue.append(_Work(work, note, clock, self._device.now, call_site()))
-
-    def record(self, event: Event) -> None:
-        assert isinstance(event, SimEvent)
-        self._device.host_acts()
-        mark = event.mark = _Mark(event.name)
-        self._device.checker.recorded(self.thread, self.queued + 1, event.name)
-        self.queue.append(_Record(mark, self._device.now))
-
-    def wait(self, event: Event) -> None:
-        assert isinstance(event, SimEvent)
-        self._device.host_acts()
-        if event.mark is not None:
-            self.queue.append(_Wait(event.mark))
-
-
-class SimGraph:
-    """Holds the work itself, so that a replay reads its inputs when it runs."""
-
-    def __init__(self, work: Callable[[], None], accesses: Callable[[], Iterable[Access]], device: SimDevice) -> None:
-        self._work = work
-        self._accesses = accesses
-        self._device = device
-
-    def replay(self) -> None:
-        self._device.run_checked(self._work, self._accesses)
-
-
-class TrackedArray(np.ndarray[Any, np.dtype[Any]]):
-    """Pinned memory as the host sees it: every subscript is booked. What it returns is a plain array."""
-
-    tensor: torch.Tensor
-    name: str
-    owner: SimDevice
-
-    def __array_finalize__(self, parent: object) -> None:
-        if isinstance(parent, TrackedArray):
-            self.tensor, self.name, self.owner = parent.tensor, parent.name, parent.owner
-
-    def __getitem__(self, key: Any) -> Any:
-        self.owner.host_uses(self.tensor, self.name, write=False)
-        return self.view(np.ndarray)[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.owner.host_uses(self.tensor, self.name, write=True)
-        self.view(np.ndarray)[key] = value
 
 
 class SimDevice:
@@ -187,7 +61,7 @@ class SimDevice:
         self._host_cost = host_cost
         self._frame = Frame() if audit else None
         self._streams: list[SimStream] = []
-        self._running: tuple[SimStream, _Work] | None = None
+        self._running: tuple[SimStream, Work] | None = None
         self._pinned_names: dict[int, str] = {}
         self._closed = False
 
@@ -341,7 +215,7 @@ class SimDevice:
         return [
             Ready(index, max(stream.free_at, stream.queue[0].queued_at))
             for index, stream in enumerate(self._streams)
-            if stream.queue and isinstance(stream.queue[0], _Work)
+            if stream.queue and isinstance(stream.queue[0], Work)
         ]
 
     def _settle(self, stream: SimStream) -> bool:
@@ -349,12 +223,12 @@ class SimDevice:
         moved = False
         while stream.queue:
             head = stream.queue[0]
-            if isinstance(head, _Record):
+            if isinstance(head, Record):
                 mark = head.mark
                 stream.free_at = max(stream.free_at, head.queued_at)
                 mark.clock = self.checker.clocks[stream.thread].copy()
                 mark.reached, mark.at, mark.error = True, stream.free_at, stream.faults.carried()
-            elif isinstance(head, _Wait) and head.mark.reached:
+            elif isinstance(head, Wait) and head.mark.reached:
                 self.checker.join(stream.thread, head.mark.clock)
                 stream.free_at = max(stream.free_at, head.mark.at)
                 stream.faults.inherit(head.mark.error)
@@ -366,7 +240,7 @@ class SimDevice:
 
     def _run(self, stream: SimStream) -> None:
         piece = stream.queue.popleft()
-        assert isinstance(piece, _Work)
+        assert isinstance(piece, Work)
         checker = self.checker
         checker.clocks[stream.thread][stream.thread] += 1
         checker.join(stream.thread, piece.clock)
@@ -398,17 +272,3 @@ class SimDevice:
     def _tick(self) -> None:
         if self._cost is None:
             self.now += TICK
-
-
-def call_site() -> CallSite:
-    """The nearest caller outside the simulator."""
-    frame = inspect.currentframe()
-    assert frame is not None
-    while frame.f_back is not None and _is_inside(frame.f_code):
-        frame = frame.f_back
-    return frame.f_code, frame.f_lineno
-
-
-@cache
-def _is_inside(code: CodeType) -> bool:
-    return any(part in code.co_filename for part in _NOT_SITES)

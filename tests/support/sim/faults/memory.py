@@ -1,0 +1,203 @@
+"""Faults of slots, rows, KV blocks and preemption: memory that is reused too early, twice or never."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gapless.device.base import Device
+from gapless.engine.slots import Slot
+from gapless.outcome import Committed, Finished
+from gapless.plan import Ints, Plan
+from gapless.request import FinishReason, Request
+from gapless.rows import RowState
+from support.sim.parts import Parts, RigScheduler, RigSlots
+
+
+class SlotTooEarly(RigSlots):
+    """Hands out one slot fewer than there are steps in flight."""
+
+    def acquire(self) -> Slot:
+        slot = self.slots[self._next]
+        self._next = (self._next + 1) % max(1, len(self.slots) - 1)
+        slot.in_flight = True
+        return slot
+
+    def check_integrity(self, steps_in_flight: int) -> None:
+        pass
+
+
+def shared(name: str) -> Parts:
+    """All slots use the first one's buffer."""
+
+    class Shared(RigSlots):
+        def __init__(self, device: Device, count: int, capacity: int, max_rows: int) -> None:
+            super().__init__(device, count, capacity, max_rows)
+            for slot in self.slots[1:]:
+                setattr(slot, name, getattr(self.slots[0], name))
+                slot.packed = device.host_view(slot.host_in)
+                slot._sampled = device.host_view(slot.host_out)  # pyright: ignore[reportPrivateUsage]
+
+    return Parts(slots=Shared)
+
+
+class KeepsView(RigSlots):
+    """Returns the pinned buffer itself in place of a copy."""
+
+    def collect(self, slot: Slot) -> Ints:
+        size = super().collect(slot).size
+        return slot.host_out.numpy()[:size]
+
+
+class FreesAtCommit(RigScheduler):
+    """A row and its blocks come back as soon as the sequence ends, whatever is in flight."""
+
+    def _drain(self, row: int, state: int) -> None:
+        super()._drain(row, state)
+        if row in self._draining:
+            self._release(row)
+
+
+class FreesBlocksAtCommit(RigScheduler):
+    """The row waits for retirement, its blocks do not."""
+
+    def _drain(self, row: int, state: int) -> None:
+        super()._drain(row, state)
+        if row in self._draining:
+            count = int(self.rows.num_blocks[row])
+            self.rows.num_blocks[row] = 0
+            self.pool.release(self.rows.block_table[row, :count])
+
+
+class RetiresEarly(RigScheduler):
+    """Collecting a step counts as the end of the one after it."""
+
+    def _retire(self, step: int) -> None:
+        super()._retire(step)
+        for row in [row for row in self._draining if self.rows.last_step[row] <= step + 1]:
+            self._release(row)
+
+
+class FreesTwice(RigScheduler):
+    """A cancel gives the blocks back, and so does the retirement of the row."""
+
+    def cancel(self, request_id: int) -> bool:
+        ended = super().cancel(request_id)
+        for row in self._draining:
+            if self.rows.request_id[row] == request_id:
+                self.pool.release(self.rows.block_table[row, : self.rows.num_blocks[row]])
+        return ended
+
+
+class CancelAndFinish(RigScheduler):
+    """A cancelled request runs on to its own end, and ends a second time."""
+
+    def cancel(self, request_id: int) -> bool:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.row < 0:
+            return super().cancel(request_id)
+        known = int(self.rows.known[sequence.row]) - sequence.request.prompt.size
+        self._finished.append(Finished(request_id, FinishReason.CANCELLED, known))
+        return True
+
+
+class SilentCancel(RigScheduler):
+    """A cancelled request gets no end."""
+
+    def cancel(self, request_id: int) -> bool:
+        ended = super().cancel(request_id)
+        if ended:
+            self._finished.pop()
+        return ended
+
+
+class ZombieCancel(RigScheduler):
+    """A cancel that comes while steps are in flight is forgotten."""
+
+    def cancel(self, request_id: int) -> bool:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.row >= 0 and self.rows.last_step[sequence.row] > self._retired_step:
+            return False
+        return super().cancel(request_id)
+
+
+class LosesTokens(RigScheduler):
+    """Tokens that come in for a preempted row are booked but not emitted."""
+
+    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+        preempted = self.rows.request_id[self.rows.state == RowState.PREEMPTED]
+        committed = super().commit(plan, sampled)
+        kept = ~np.isin(committed.request_ids, preempted)
+        return Committed(committed.request_ids[kept], committed.tokens[kept], committed.finished)
+
+
+class RepeatsToken(RigScheduler):
+    """A preempted sequence forgets its newest token, and makes it once more."""
+
+    def _release(self, row: int) -> None:
+        owner = self._row_owner[row]
+        preempted = self.rows.state[row] == RowState.PREEMPTED
+        super()._release(row)
+        if preempted and owner is not None and owner.tokens.size > owner.request.prompt.size:
+            owner.tokens = owner.tokens[:-1]
+
+
+class KeepsPlaceholder(RigScheduler):
+    """A preempted sequence comes back with the placeholders that it had in flight."""
+
+    def _preempt(self, row: int) -> None:
+        self.rows.known[row] = self.rows.length[row]
+        super()._preempt(row)
+
+
+class PreemptsOldest(RigScheduler):
+    """Takes the blocks of the oldest sequence in place of the youngest's."""
+
+    def _preempt_for(self, needed: int) -> None:
+        self.rows.request_id *= -1
+        try:
+            super()._preempt_for(needed)
+        finally:
+            self.rows.request_id *= -1
+
+
+class ForgetsPreempted(RigScheduler):
+    """A preempted sequence is not queued again."""
+
+    def _release(self, row: int) -> None:
+        super()._release(row)
+        self._preempted.clear()
+
+
+class CommitsFailedStep(RigScheduler):
+    """A step that ran out of memory is committed with whatever its slot holds."""
+
+    def abandon(self, plan: Plan) -> Committed:
+        return self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32))
+
+
+class LosesFailedStep(RigScheduler):
+    """A step that ran out of memory is retired, and its sequences run on."""
+
+    def abandon(self, plan: Plan) -> Committed:
+        self._retire(plan.step)
+        return Committed.without_tokens(self.take_finished())
+
+
+class ForgetsStepsBehind(RigScheduler):
+    """After a failed step, rows are freed with no regard to the steps behind it, which used old block tables."""
+
+    def abandon(self, plan: Plan) -> Committed:
+        kept = self.rows.last_step
+        self.rows.last_step = kept.copy()
+        try:
+            return super().abandon(plan)
+        finally:
+            self.rows.last_step = kept
+
+
+class NewestFirst(RigScheduler):
+    """Admits the newest request first."""
+
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self._waiting.rotate(1)
