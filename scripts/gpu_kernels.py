@@ -1,28 +1,36 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
 """Check every kernel against float32 on this GPU, then time them.
 
-    PYTHONPATH=src python scripts/gpu_kernels.py [--sweep]
+    PYTHONPATH=src python scripts/gpu_kernels.py [--sweep] [--decode] [--before FILE]
 
-Times are of kernels inside a captured graph. --sweep also times the attention kernels with other tiles.
+Times are of kernels inside a captured graph. --sweep also times the attention kernels with other tiles; --decode leaves
+out what is not decode attention; --before times another paged_decode.py beside ours, for example one that
+`git show REVISION:src/gapless/kernels/paged_decode.py` printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
+import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from gapless.attention import make_attention
-from gapless.attention.base import LayerKV
-from gapless.attention.scenario import Scenario, make_scenario
+from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.attention.scenario import Scenario, batch_of, make_scenario
 from gapless.attention.torch_reference import TorchAttention
-from gapless.kernels.paged_decode import decode_tiles, paged_decode
+from gapless.kernels.paged_decode import DecodeTiles, decode_tiles, paged_decode
 from gapless.kernels.paged_prefill import paged_prefill, prefill_tiles
 from gapless.models.layers import TorchOps, make_ops
 
@@ -52,10 +60,24 @@ def microseconds(work: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
+@triton.jit
+def read_kernel(words: tl.tensor, sums: tl.tensor, BLOCK: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+    program = tl.program_id(0).to(tl.int64)
+    sum_N = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        sum_N += tl.load(words + (program * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(sums + program, tl.sum(sum_N, axis=0))
+
+
 def read_bandwidth() -> float:
-    """GB/s of the best of two plain reductions over 4 GiB."""
-    words = torch.ones(2**30, dtype=torch.float32, device=CUDA)
+    """GB/s of the best of a few plain readers of 4 GiB."""
+    words = torch.randn(2**31, dtype=BFLOAT16, device=CUDA)
+    sums = torch.empty(2**17, device=CUDA)
     times = [microseconds(lambda: words.sum(), 3), microseconds(lambda: words.amax(), 3)]
+    for block, blocks, warps in ((4096, 8, 8), (8192, 8, 8), (8192, 16, 16), (16384, 4, 16)):
+        grid = (words.numel() // (block * blocks),)
+        read = partial(read_kernel[grid], words, sums, block, blocks, num_warps=warps)
+        times.append(microseconds(read, 3))
     return words.nbytes / min(times) / 1000
 
 
@@ -94,6 +116,17 @@ def check_all() -> bool:
     return all([*passed, *check_pieces()])
 
 
+def check_decodes() -> bool:
+    """Decodes alone: ragged, some past what one program does, in a graph's limit far above them."""
+    lengths, passed = [1, 16, 100, 1500, 8192, 40, 77, 1333] * 4, list[bool]()
+    for heads, head_dim in ((HEADS, HEAD_DIM), SMALL, QWEN, ONE, WIDE, ((8, 1), 80)):
+        scenario = make_scenario(
+            [1] * len(lengths), lengths, heads=heads, head_dim=head_dim, dtype=BFLOAT16, device=CUDA, max_kv=16384
+        )
+        passed.append(check_attention(f"decode {heads} x {head_dim}", scenario, head_dim**-0.5))
+    return all(passed)
+
+
 def check_pieces() -> Iterator[bool]:
     ops, exact_ops = make_ops(CUDA), TorchOps()
 
@@ -118,31 +151,93 @@ def check_pieces() -> Iterator[bool]:
         yield report("                v cache", error(kv.v_BKSD.nan_to_num(), exact_kv.v_BKSD.nan_to_num()))
 
 
-def decode_scenario(batch_size: int, context: int, max_kv: int) -> Scenario:
-    return make_scenario(
-        [1] * batch_size,
-        [context] * batch_size,
-        heads=HEADS,
-        head_dim=HEAD_DIM,
-        dtype=BFLOAT16,
-        device=CUDA,
-        max_kv=max_kv,
-    )
+@dataclass(frozen=True)
+class DecodeWork:
+    """Decode steps over several layers' caches, more of them than the L2 cache holds."""
+
+    q_END: Tensor
+    layers: list[LayerKV]
+    batch: AttentionBatch
+    nbytes: int  # of keys and values that a layer reads
+
+    def microseconds(self, decode: Callable[[Tensor, LayerKV, AttentionBatch], object]) -> float:
+        """Of one layer."""
+
+        def all_layers() -> None:
+            for kv in self.layers:
+                decode(self.q_END, kv, self.batch)
+
+        return microseconds(all_layers, 1) / len(self.layers)
 
 
-def kv_bytes(batch_size: int, context: int) -> int:
-    return batch_size * context * 2 * HEADS[1] * HEAD_DIM * 2
+def decode_work(lengths: list[int], heads: tuple[int, int], head_dim: int, max_kv: int) -> DecodeWork:
+    """Shuffled blocks of 16 tokens; at most 32 layers and 24 GiB."""
+    columns = [-(-length // 16) for length in lengths]
+    table_RC = torch.zeros(len(lengths) + 1, max_kv // 16, dtype=torch.int32)
+    for row, blocks in enumerate((torch.randperm(sum(columns)) + 1).split(columns)):
+        table_RC[row, : len(blocks)] = blocks
+    batch = batch_of(range(len(lengths)), [1] * len(lengths), lengths, table_RC.to(CUDA), max_kv=max_kv)
+    shape = (2, sum(columns) + 1, heads[1], 16, head_dim)
+    num_layers = max(1, min(32, 24 * 2**30 // (2 * math.prod(shape))))
+    layers = [LayerKV(*torch.randn(shape, dtype=BFLOAT16, device=CUDA).unbind(0)) for _ in range(num_layers)]
+    q_END = torch.randn(len(lengths), heads[0], head_dim, dtype=BFLOAT16, device=CUDA)
+    return DecodeWork(q_END, layers, batch, sum(lengths) * 4 * heads[1] * head_dim)
 
 
-def time_decodes(bandwidth: float) -> list[str]:
-    lines, attention = list[str](), make_attention("triton", CUDA)
-    for batch_size, context in ((1, 8192), (8, 4096), (32, 1024), (32, 4096), (32, 8192), (256, 1024)):
-        scenario = decode_scenario(batch_size, context, min(8192, 4 * context))
-        us = microseconds(partial(attention.attend, scenario.q_TND, scenario.kv, scenario.batch, SCALE))
-        rate = kv_bytes(batch_size, context) / us / 1000
-        lines.append(
-            f"decode {batch_size:3} x {context:5}  {us:9.1f} us  {rate:6.0f} GB/s  {rate / bandwidth:4.0%} of read"
-        )
+SMALL, QWEN, ONE, WIDE = ((9, 3), 64), ((14, 2), 64), ((4, 1), 128), ((4, 4), 256)
+RAGGED = [256] * 15 + [8192] + [256] * 16
+DECODES: dict[str, tuple[list[int], tuple[tuple[int, int], int], int]] = {
+    "1 x 8192": ([8192], (HEADS, HEAD_DIM), 8192),
+    "8 x 4096": ([4096] * 8, (HEADS, HEAD_DIM), 8192),
+    "32 x 300": ([300] * 32, (HEADS, HEAD_DIM), 8192),
+    "32 x 1024": ([1024] * 32, (HEADS, HEAD_DIM), 8192),
+    "32 x 1024, graph for 131072": ([1024] * 32, (HEADS, HEAD_DIM), 131072),
+    "32 x 900 to 1303": ([900 + 13 * row for row in range(32)], (HEADS, HEAD_DIM), 8192),
+    "32 x 4096": ([4096] * 32, (HEADS, HEAD_DIM), 8192),
+    "32 x 8192": ([8192] * 32, (HEADS, HEAD_DIM), 8192),
+    "1 x 8192 + 31 x 256": (RAGGED, (HEADS, HEAD_DIM), 8192),
+    "256 x 256": ([256] * 256, (HEADS, HEAD_DIM), 8192),
+    "256 x 1024": ([1024] * 256, (HEADS, HEAD_DIM), 8192),
+    "32 x 1024, 9/3 of 64": ([1024] * 32, SMALL, 8192),
+    "256 x 512, 9/3 of 64": ([512] * 256, SMALL, 8192),
+    "64 x 1024, 14/2 of 64": ([1024] * 64, QWEN, 8192),
+    "32 x 1024, 4/1 of 128": ([1024] * 32, ONE, 8192),
+    "32 x 1024, 4/4 of 256": ([1024] * 32, WIDE, 8192),
+}  # rows x context, (heads, head size), max_kv of the graph
+
+
+def processors() -> int:
+    return torch.cuda.get_device_properties(CUDA).multi_processor_count
+
+
+def load_before(path: str) -> Callable[..., None]:
+    """paged_decode of another revision's file."""
+    spec = importlib.util.spec_from_file_location("paged_decode_before", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.paged_decode
+
+
+def time_decodes(bandwidth: float, before: Callable[..., None] | None) -> list[str]:
+    lines = list[str]()
+    for name, (lengths, (heads, head_dim), max_kv) in DECODES.items():
+        work = decode_work(lengths, heads, head_dim, max_kv)
+        attention, scale = make_attention("triton", CUDA), head_dim**-0.5
+
+        def old(q_END: Tensor, kv: LayerKV, batch: AttentionBatch, scale: float = scale) -> None:
+            assert before is not None
+            before(q_END, torch.empty_like(q_END), kv, batch, scale, processors())
+
+        ours = partial(attention.attend, scale=scale)
+        line = f"decode {name:28}"
+        for decode in (ours,) if before is None else (old, ours):
+            us = work.microseconds(decode)
+            rate = work.nbytes / us / 1000
+            line += f"  {us:8.1f} us  {rate:6.0f} GB/s  {rate / bandwidth:4.0%} of read"
+        lines.append(line)
     return lines
 
 
@@ -188,35 +283,30 @@ def time_pieces() -> list[str]:
 
 def sweep_decode() -> None:
     """The best tiles at a few sizes; printed as they come."""
-    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
-    default = decode_tiles(HEAD_DIM, 2, amd=False)
-    for batch_size, context in ((1, 8192), (32, 1024), (32, 8192)):
-        scenario = decode_scenario(batch_size, context, 8192)
-        out = torch.empty_like(scenario.q_TND)
+    default = decode_tiles(HEAD_DIM, 2, HEADS[0] // HEADS[1], amd=False)
+    arrived_P = torch.zeros(65536, dtype=torch.int32, device=CUDA)
+    for name in ("1 x 8192", "32 x 1024", "32 x 8192", "1 x 8192 + 31 x 256"):
+        lengths, (heads, head_dim), max_kv = DECODES[name]
+        work = decode_work(lengths, heads, head_dim, max_kv)
         results = list[tuple[float, str]]()
-        for block_n, warps, stages, programs in itertools.product((32, 64, 128), (2, 4), (3, 5, 7), (2, 4, 8)):
+        for (block_n, warps), stages, programs in itertools.product(
+            ((16, 1), (32, 1), (32, 2), (64, 4)), (2, 3, 4), (2, 4, 6, 11)
+        ):
             tiles = dataclasses.replace(
                 default, block_n=block_n, num_warps=warps, num_stages=stages, programs_per_processor=programs
             )
+
+            def decode(q_END: Tensor, kv: LayerKV, batch: AttentionBatch, tiles: DecodeTiles = tiles) -> None:
+                paged_decode(q_END, torch.empty_like(q_END), kv, batch, SCALE, processors(), tiles, arrived_P)
+
             try:
-                us = microseconds(
-                    partial(
-                        paged_decode,
-                        scenario.q_TND,
-                        out,
-                        scenario.kv,
-                        scenario.batch,
-                        SCALE,
-                        processors,
-                        tiles,
-                    )
-                )
+                us = work.microseconds(decode)
             except triton.runtime.errors.OutOfResources:
                 continue
             results.append((us, f"block_n {block_n} warps {warps} stages {stages} programs {programs}"))
-        print(f"decode {batch_size} x {context}, best first:")
+        print(f"decode {name}, best first:")
         for us, text in sorted(results)[:6]:
-            print(f"  {us:8.1f} us  {kv_bytes(batch_size, context) / us / 1000:6.0f} GB/s  {text}")
+            print(f"  {us:8.1f} us  {work.nbytes / us / 1000:6.0f} GB/s  {text}")
 
 
 def sweep_prefill() -> None:
@@ -239,14 +329,21 @@ def sweep_prefill() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="also time the attention kernels with other tiles")
+    parser.add_argument("--decode", action="store_true", help="leave out what is not decode attention")
+    parser.add_argument("--before", metavar="FILE", help="another paged_decode.py to time beside ours")
     options = parser.parse_args()
-    passed = check_all()
+    passed = check_decodes() if options.decode else check_all()
     if options.sweep:
         sweep_decode()
-        sweep_prefill()
+        if not options.decode:
+            sweep_prefill()
     bandwidth = read_bandwidth()
-    lines = [*time_decodes(bandwidth), *time_prefills(), *time_pieces()]
+    lines = time_decodes(bandwidth, load_before(options.before) if options.before else None)
+    if not options.decode:
+        lines += [*time_prefills(), *time_pieces()]
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    if options.before:
+        print(f"decodes: first {options.before}, then ours")
     print(
         f"plain read {bandwidth:.0f} GB/s; attention of {HEADS[0]} heads, {HEADS[1]} of keys, of size {HEAD_DIM}, bf16"
     )

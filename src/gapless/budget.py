@@ -20,10 +20,9 @@ class TokenBudget:
 
     def step_failed(self, tokens: int) -> None:
         """A step of this many tokens has run out of memory."""
-        if tokens <= self.tokens:  # a larger one was planned before the last failure, and tells nothing new
-            self.tokens = max(1, tokens // 2)
-            self.patience *= 2
-            self._good_steps = 0
+        self.tokens = max(1, tokens // 2)
+        self.patience *= 2
+        self._good_steps = 0
 
     def step_succeeded(self) -> None:
         """A step has run to its end."""

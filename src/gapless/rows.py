@@ -15,7 +15,7 @@ MIN_STOP_WIDTH = 4
 class RowState:
     """The life of a row. Only RUNNING rows are planned; the others drain until their last step has retired.
 
-    Tokens in flight count for the states before DEAD, and are discarded from there on. Plain integers: numpy compares
+    Plain integers: numpy compares
     an array with them five times faster than with an IntEnum's members.
     """
 
@@ -24,7 +24,6 @@ class RowState:
     ENDING: Final = 2  # its last token has been scheduled
     PREEMPTED: Final = 3  # its blocks are wanted; tokens in flight still count
     DEAD: Final = 4  # finished or cancelled; tokens in flight are overshoot
-    LOST: Final = 5  # a step failed under it; it goes back to the queue with what is known
 
 
 class RowTable:

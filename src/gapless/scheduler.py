@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ class Scheduler:
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._cancelled_waiting = 0
-        self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first; lost ones too
+        self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first
         self._row_owner: list[_Sequence | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._draining: dict[int, None] = {}  # rows, as an ordered set
@@ -244,7 +245,7 @@ class Scheduler:
 
     def _next_candidate(self) -> _Sequence | None:
         """The oldest sequence without a row. None while one that will go back to the queue, and is older, drains."""
-        if any(self.rows.state[row] in (RowState.PREEMPTED, RowState.LOST) for row in self._draining):
+        if any(self.rows.state[row] == RowState.PREEMPTED for row in self._draining):
             return None
         while self._preempted and self._preempted[0][0] not in self._sequences:
             heapq.heappop(self._preempted)
@@ -341,9 +342,9 @@ class Scheduler:
         """Book the tokens of the oldest step in flight and retire it. `sampled` int32[num_samples], entry order."""
         table = self.rows
         rows = plan.rows_E if plan.num_samples == plan.rows_E.size else plan.rows_E[plan.samples_E > 0]
-        live = table.state[rows] < RowState.DEAD
+        live = table.state[rows] != RowState.DEAD
         if not live.all():
-            self.stats.overshoot_rows += int(np.count_nonzero(table.state[rows] == RowState.DEAD))
+            self.stats.overshoot_rows += int(live.size - live.sum())
             rows, sampled = rows[live], sampled[live]
         request_ids = table.request_id[rows]
         known = table.known[rows]
@@ -360,24 +361,21 @@ class Scheduler:
         self._retire(plan.step)
         return Committed(request_ids, sampled, self.take_finished())
 
-    def abandon(self, plan: Plan) -> Committed:
-        """Retire the oldest step in flight without tokens, since it ran out of memory at a point that nobody knows.
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        """Retire all steps in flight without tokens: the oldest ran out of memory, and the others were skipped.
 
-        Every unfinished sequence is recomputed, not only those of the step. If it failed before its table deltas, the
-        steps in flight behind it use old block tables, with blocks that may be anybody's by now: so nobody's row or
-        block is reused before all of them have retired. It also means that the budget, which shrinks, holds for the
-        rows that decode: they are admitted within it.
+        Every unfinished sequence is recomputed from what is known, not only those of the failed step: so the budget,
+        which shrinks, holds for the rows that decode, too, since they are admitted within it.
         """
-        table = self.rows
-        used = np.flatnonzero(table.state > RowState.FREE)
-        table.last_step[used] = self._next_step - 1
-        for row in used[table.state[used] < RowState.DEAD].tolist():
-            if table.state[row] != RowState.PREEMPTED:  # or they are counted already
-                self.stats.recomputed_tokens += int(table.computed[row])
-            self._drain(row, RowState.LOST)
+        for row in np.flatnonzero(
+            (self.rows.state == RowState.RUNNING) | (self.rows.state == RowState.ENDING)
+        ).tolist():
+            self.stats.recomputed_tokens += int(self.rows.computed[row])
+            self._drain(row, RowState.PREEMPTED)
+        for plan in (failed, *skipped):
+            self._retire(plan.step)
         self.stats.failed_steps += 1
-        self.budget.step_failed(plan.num_tokens)
-        self._retire(plan.step)
+        self.budget.step_failed(failed.num_tokens)
         return Committed.without_tokens(self.take_finished())
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
@@ -410,10 +408,10 @@ class Scheduler:
             self._release(row)
 
     def _release(self, row: int) -> None:
-        """Free a row and its blocks; a preempted or lost sequence goes back to the queue with what is known."""
+        """Free a row and its blocks; a preempted sequence goes back to the queue with what is known."""
         table, sequence = self.rows, self._row_owner[row]
         assert sequence is not None
-        if table.state[row] in (RowState.PREEMPTED, RowState.LOST):
+        if table.state[row] == RowState.PREEMPTED:
             sequence.tokens = table.tokens[row, : table.known[row]].copy()
             heapq.heappush(self._preempted, (sequence.request.request_id, sequence))
         elif table.state[row] != RowState.DEAD:

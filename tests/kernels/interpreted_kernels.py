@@ -6,6 +6,7 @@ keeps it out of a plain pytest run.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -18,8 +19,9 @@ from gapless.attention.base import LayerKV
 from gapless.attention.scenario import make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
+from gapless.kernels import paged_decode
 from gapless.kernels.ops import TritonOps
-from gapless.kernels.paged_decode import choose_splits, decode_kernel, decode_tiles
+from gapless.kernels.paged_decode import DecodeTiles, decode_kernel
 from gapless.models.layers import TorchOps
 
 REFERENCE = TorchAttention()
@@ -99,12 +101,56 @@ def test_a_strided_query_gives_the_same_answer():
     assert torch.equal(strided, attention.attend(scenario.q_TND, scenario.kv, scenario.batch, 0.2))
 
 
-def test_splits_fill_the_device_but_stay_worth_their_program():
-    tiles = decode_tiles(128, 2, amd=False)
-    assert choose_splits(8, 128, tiles, 132) == 1
-    assert choose_splits(8, 8192, tiles, 132) == 32
-    assert choose_splits(256 * 8, 8192, tiles, 132) == 1
-    assert choose_splits(1, 10**6, tiles, 132) == 64
+# (block_n, min_span, programs per processor)
+CUTS = {
+    "one unit each": (32, 4096, 1),
+    "a few units": (16, 64, 2),
+    "many units": (32, 32, 9),
+    "all tiles": (16, 16, 400),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("merged_by_last", [0, 10**6])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_decodes_equal_the_reference_however_they_are_cut(
+    seed: int, cut: str, merged_by_last: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(paged_decode, "MERGED_BY_LAST", merged_by_last)
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = torch.randint(1, 90, (1 + 2 * seed,), generator=generator).tolist()
+    lengths[seed] = 700
+    kv_heads, group = [(3, 3), (1, 4), (2, 7), (4, 1)][seed]
+    scenario = make_scenario(
+        [1] * len(lengths),
+        lengths,
+        heads=(kv_heads * group, kv_heads),
+        head_dim=[64, 32, 20, 16][seed],
+        block_size=[16, 16, 64, 24][seed],
+        seed=seed,
+        max_kv=[700, 131072, 800, 8192][seed],
+    )
+    block_n, min_span, programs = CUTS[cut]
+    tiles = DecodeTiles(block_n, min_span, programs, num_warps=1, num_stages=1)
+    args = (scenario.q_TND, scenario.kv, scenario.batch, 0.2)
+    exact_TND, arrived_P = REFERENCE.attend(*args), torch.zeros(len(lengths) * kv_heads, dtype=torch.int32)
+    for batch in (scenario.batch, dataclasses.replace(scenario.batch, max_kv=2**20)):
+        out_TND = torch.full_like(scenario.q_TND, torch.nan)
+        paged_decode.paged_decode(
+            scenario.q_TND, out_TND, scenario.kv, batch, 0.2, MULTIPROCESSORS, tiles, arrived_P=arrived_P
+        )
+        torch.testing.assert_close(out_TND, exact_TND, rtol=1e-5, atol=1e-5)
+        assert not arrived_P.any()
+
+
+def test_more_pairs_than_the_shared_counters_are_good_for_get_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gapless.attention.triton_paged.MAX_ARRIVED", 3)
+    scenario = make_scenario([1, 1], [300, 20], heads=(4, 2), head_dim=32)
+    args = (scenario.q_TND, scenario.kv, scenario.batch, 0.2)
+    torch.testing.assert_close(
+        TritonAttention(MULTIPROCESSORS).attend(*args), REFERENCE.attend(*args), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("hidden", [1, 48, 576, 1000])

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from gapless.kernels.paged_decode import decode_kernel, decode_tiles, reduce_kernel  # noqa: E402
+from gapless.kernels.paged_decode import decode_kernel, decode_tiles, merge_step, reduce_kernel  # noqa: E402
 from gapless.kernels.paged_prefill import prefill_kernel, prefill_tiles  # noqa: E402
 from gapless.kernels.rms_norm import add_rms_norm_kernel  # noqa: E402
 from gapless.kernels.rope_append import rope_append_kernel  # noqa: E402
@@ -35,39 +35,42 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "hsaco", 64 * 1024),
 }
 TYPES = {
-    **dict.fromkeys(("rows_E", "kv_len_E", "query_start_E1", "block_table_RC", "token_rows_T", "positions_T"), "*i32"),
-    **dict.fromkeys(("partial_ENXD", "partial_lse_ENX", "rope_PD"), "*fp32"),
-    **dict.fromkeys(("table_stride", "q_stride", "splits", "num_decodes"), "i32"),
+    **dict.fromkeys(
+        ("rows_E", "kv_len_E", "query_start_E1", "block_table_RC", "token_rows_T", "positions_T", "arrived_P"), "*i32"
+    ),
+    **dict.fromkeys(("partial_UGD", "partial_lse_UG", "rope_PD"), "*fp32"),
+    **dict.fromkeys(("table_stride", "q_stride", "entries", "wanted", "min_span", "num_decodes"), "i32"),
     **dict.fromkeys(("eps", "scale_log2"), "fp32"),
 }
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
 
 
-def decode(head_dim: int, group: int, itemsize: int, amd: bool, whole: bool = False) -> Case:
-    tiles = decode_tiles(head_dim, itemsize, amd)
+def decode(head_dim: int, group: int, amd: bool, fused: bool = True, block_size: int = 16) -> Case:
+    tiles = decode_tiles(head_dim, 2, group, amd)
+    dim_tile, heads = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     constants: dict[str, int | bool] = {
         "KV_HEADS": 8,
         "GROUP": group,
         "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": 16,
-        "GROUP_TILE": 16,
-        "DIM_TILE": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": block_size,
+        "GROUP_TILE": max(16, heads),
+        "DIM_TILE": dim_tile,
         "BLOCK_N": tiles.block_n,
-        "MIN_SPAN": tiles.min_span,
-        "WHOLE": whole,
+        "ENTRIES_TILE": 32,
+        "MERGE": merge_step(heads, dim_tile, tiles.num_warps),
+        "FUSED": fused,
     }
     return decode_kernel, constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
-def reduce(head_dim: int, amd: bool) -> Case:
-    tiles = decode_tiles(head_dim, 2, amd)
+def reduce(head_dim: int) -> Case:
     constants: dict[str, int | bool] = {
-        "HEADS": 32,
+        "KV_HEADS": 8,
+        "GROUP": 4,
         "HEAD_DIM": head_dim,
         "DIM_TILE": head_dim,
-        "BLOCK_N": tiles.block_n,
-        "MIN_SPAN": tiles.min_span,
-        "SPLITS_TILE": 64,
+        "ENTRIES_TILE": 1,
+        "MERGE": merge_step(1, head_dim, 4),
     }
     return reduce_kernel, constants, {"num_warps": 4}
 
@@ -108,11 +111,14 @@ def rope_append(head_dim: int) -> Case:
 
 
 CASES: dict[str, Callable[[bool], Case]] = {
-    "decode-128": lambda amd: decode(128, 4, 2, amd),
-    "decode-64-whole": lambda amd: decode(64, 7, 2, amd, whole=True),
-    "decode-256": lambda amd: decode(256, 1, 2, amd),
-    "decode-80": lambda amd: decode(80, 3, 2, amd),
-    "reduce-128": lambda amd: reduce(128, amd),
+    "decode-128": lambda amd: decode(128, 4, amd),
+    "decode-128-unmerged": lambda amd: decode(128, 4, amd, fused=False),
+    "decode-128-many-heads": lambda amd: decode(128, 32, amd),
+    "decode-64": lambda amd: decode(64, 7, amd),
+    "decode-64-large-blocks": lambda amd: decode(64, 3, amd, block_size=64),
+    "decode-256": lambda amd: decode(256, 1, amd),
+    "decode-80": lambda amd: decode(80, 3, amd),
+    "reduce-128": lambda _: reduce(128),
     "prefill-128": lambda amd: prefill(128, 4, 2, amd),
     "prefill-64": lambda amd: prefill(64, 3, 2, amd),
     "prefill-256": lambda amd: prefill(256, 1, 2, amd),

@@ -52,6 +52,24 @@ def test_attention_in_float32_is_exact(heads: tuple[int, int]):
     torch.testing.assert_close(out_TND, exact_attention(scenario, 0.125), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "entries"),
+    [((32, 8), 128, 32), ((9, 3), 64, 7), ((4, 1), 128, 1), ((14, 2), 64, 3), ((4, 4), 256, 2), ((32, 8), 128, 256)],
+)
+def test_a_long_decode_among_short_ones_is_right_and_has_the_same_bits_again(
+    heads: tuple[int, int], head_dim: int, entries: int
+):
+    lengths = [8192, *[1 + 37 * entry % 256 for entry in range(1, entries)]]
+    scenario = make_scenario(
+        [1] * entries, lengths, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA, max_kv=8200
+    )
+    scale, attention = head_dim**-0.5, make_attention("triton", CUDA)
+    args = (scenario.q_TND, scenario.kv, scenario.batch, scale)
+    out_TND = attention.attend(*args)
+    assert relative_error(out_TND, exact_attention(scenario, scale)) < BOUND
+    assert all(torch.equal(attention.attend(*args), out_TND) for _ in range(10))
+
+
 @pytest.mark.parametrize("max_kv", [300, 8192])
 def test_a_captured_decode_follows_metadata_that_changes_between_replays(max_kv: int):
     lengths = [7, 300, 64, 129]

@@ -10,7 +10,7 @@ import torch
 
 from gapless.device.base import Note
 from gapless.device.sim import RandomOrder, SimDevice, TimedOrder
-from gapless.errors import InternalError, OutOfMemoryError
+from gapless.errors import InternalError
 
 SEEDS = range(300)
 LAZY = 0.0
@@ -153,29 +153,6 @@ def test_an_error_surfaces_in_every_later_event_of_its_stream_and_of_those_that_
     with pytest.raises(ArithmeticError, match="went wrong"):
         ready.synchronize()
     assert seen == []
-
-
-def test_running_out_of_memory_is_told_by_the_next_event_only():
-    device, seen = device_of(), list[str]()
-    first, second = device.stream("first"), device.stream("second")
-    ready, done = device.event("ready"), device.event("done")
-
-    def fail() -> None:
-        raise OutOfMemoryError("too little memory")
-
-    first.enqueue(fail)
-    for turn in ("failed", "went on"):
-        first.record(ready)
-        second.wait(ready)
-        second.enqueue(add(seen, turn))
-        second.record(done)
-        first.enqueue(add(seen, f"first {turn}"))
-        if turn == "failed":
-            with pytest.raises(OutOfMemoryError):
-                done.synchronize()
-    done.synchronize()
-    assert "went on" in seen
-    assert "failed" not in seen
 
 
 def test_a_host_that_waits_for_what_can_not_happen_is_told_so():

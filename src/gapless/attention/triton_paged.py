@@ -9,7 +9,7 @@ from gapless.attention.base import AttentionBatch, LayerKV, append_kv
 from gapless.kernels.paged_decode import paged_decode
 from gapless.kernels.paged_prefill import paged_prefill
 
-MIN_ARRIVED = 65536  # pairs that the first allocation is good for: more than batches have
+MAX_ARRIVED = 65536
 
 
 class TritonAttention:
@@ -46,8 +46,8 @@ class TritonAttention:
             paged_prefill(q_TND, out_TND, kv, batch, scale)
         return out_TND
 
-    def _arrived(self, pairs: int, device: torch.device) -> Tensor:
-        """int32 zeros, at least one per pair of entry and key/value head, of which kernels leave zeros."""
-        if self._arrived_P is None or len(self._arrived_P) < pairs:
-            self._arrived_P = torch.zeros(max(pairs, MIN_ARRIVED), dtype=torch.int32, device=device)
-        return self._arrived_P
+    def _arrived(self, pairs: int, device: torch.device) -> Tensor | None:
+        """int32 zeros, one at least per pair of entry and key/value head; kernels leave zeros. None: too many pairs."""
+        if self._arrived_P is None:
+            self._arrived_P = torch.zeros(MAX_ARRIVED, dtype=torch.int32, device=device)
+        return self._arrived_P if pairs <= MAX_ARRIVED else None  # never anew: graphs know its address

@@ -7,9 +7,7 @@
   until an event recorded after it has fired.
 - An exception in enqueued work surfaces in `Event.synchronize` of every later event of that stream and of those that
   waited for it; what is queued behind it is skipped.
-- Running out of memory is an exception that passes. It surfaces as OutOfMemoryError in the events recorded next, up to
-  and with the first one behind the work that failed; a stream that waits for such an event skips the work queued next
-  and tells it in the same way. What is queued after that runs again, on whatever the failed work left behind.
+- Running out of memory is such an exception, too, as OutOfMemoryError, but one that `Device.recover` ends.
 """
 
 from __future__ import annotations
@@ -115,6 +113,10 @@ class Device(Protocol):
 
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:
         """Wait for all that was queued on any stream, then enqueue `work` and wait for it. Start-up only."""
+        ...
+
+    def recover(self) -> None:
+        """Let streams that have run out of memory run work again. Everything queued must have been waited for."""
         ...
 
     def memory(self) -> tuple[int, int]:

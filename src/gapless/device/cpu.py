@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gapless.device.base import Access, Event, Graph, Note, Stream
 from gapless.device.faults import Faults
-from gapless.errors import InternalError
+from gapless.errors import InternalError, OutOfMemoryError
 
 MAX_CPU_MEMORY = 2**40  # stands in where the system does not tell
 
@@ -62,7 +62,7 @@ class CpuStream:
     def __init__(self, name: str) -> None:
         self.name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._faults = Faults()
+        self.faults = Faults()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"gapless-{name}", daemon=True)
         self._thread.start()
@@ -70,12 +70,12 @@ class CpuStream:
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         if self._closed:
             raise InternalError(f"stream {self.name} is closed")
-        self._queue.put(lambda: self._faults.run(work))
+        self._queue.put(lambda: self.faults.run(work))
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)
         mark = event.mark = _Mark()
-        self._queue.put(lambda: mark.fire(self._faults.carried()))
+        self._queue.put(lambda: mark.fire(self.faults.error))
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CpuEvent)
@@ -97,7 +97,7 @@ class CpuStream:
 
     def _wait_for(self, mark: _Mark) -> None:
         mark.fired.wait()
-        self._faults.inherit(mark.error)
+        self.faults.inherit(mark.error)
 
 
 class CpuGraph:
@@ -144,7 +144,15 @@ class CpuDevice:
         event = self.event()
         stream.enqueue(work)
         stream.record(event)
-        event.synchronize()
+        try:
+            event.synchronize()
+        except OutOfMemoryError:
+            self.recover()
+            raise
+
+    def recover(self) -> None:
+        for stream in self._streams:
+            stream.faults.recover()
 
     def memory(self) -> tuple[int, int]:
         try:

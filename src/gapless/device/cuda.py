@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gapless.device.base import Access, Event, Graph, Note, Stream
 from gapless.device.faults import Faults
-from gapless.errors import ConfigError, InternalError
+from gapless.errors import ConfigError, InternalError, OutOfMemoryError
 
 
 class CudaEvent:
@@ -39,20 +39,20 @@ class CudaStream:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
         self.raw = torch.cuda.Stream(device)
-        self._faults = Faults()
+        self.faults = Faults()
 
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
         with torch.cuda.stream(self.raw):
-            self._faults.run(work)
+            self.faults.run(work)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
-        event.error = self._faults.carried()
+        event.error = self.faults.error
         event.raw.record(self.raw)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
-        self._faults.inherit(event.error)
+        self.faults.inherit(event.error)
         self.raw.wait_event(event.raw)
 
 
@@ -71,9 +71,12 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(self.torch_device)
         torch.cuda.set_device(self.torch_device)
         self._graph_pool = torch.cuda.graph_pool_handle()
+        self._streams: list[CudaStream] = []
 
     def stream(self, name: str) -> CudaStream:
-        return CudaStream(name, self.torch_device)
+        stream = CudaStream(name, self.torch_device)
+        self._streams.append(stream)
+        return stream
 
     def event(self, name: str = "", *, timed: bool = False) -> CudaEvent:
         return CudaEvent(timed=timed)
@@ -107,7 +110,15 @@ class CudaDevice:
         done = self.event()
         stream.enqueue(work)
         stream.record(done)
-        done.synchronize()
+        try:
+            done.synchronize()
+        except OutOfMemoryError:
+            self.recover()
+            raise
+
+    def recover(self) -> None:
+        for stream in self._streams:
+            stream.faults.recover()
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.torch_device)

@@ -22,32 +22,25 @@ def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
 
 class Faults:
-    """The errors of one stream's work. A stream calls it in the order of its queue."""
+    """The error of one stream's work. A stream calls it in the order of its queue."""
 
     def __init__(self) -> None:
-        self._fatal: BaseException | None = None
-        self._passing: OutOfMemoryError | None = None  # of work that ran or was skipped; the next record carries it
-        self._inherited: OutOfMemoryError | None = None  # for it the next work is skipped
+        self.error: BaseException | None = None
 
     def run(self, work: Callable[[], None]) -> None:
         """Run a piece of work, or skip it after an error, and keep what it raises."""
-        self._passing, self._inherited = self._passing or self._inherited, None
-        if self._fatal is None and self._passing is None:
+        if self.error is None:
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the stream
-                self._passing = as_out_of_memory(error)
-                self._fatal = error if self._passing is None else None
-
-    def carried(self) -> BaseException | None:
-        """What a record that is reached now tells."""
-        error = self._fatal or self._passing or self._inherited
-        self._passing = None
-        return error
+                self.error = as_out_of_memory(error) or error
 
     def inherit(self, error: BaseException | None) -> None:
-        """A wait for an event that told this error, if any."""
-        if isinstance(error, OutOfMemoryError):
-            self._inherited = error
-        else:
-            self._fatal = self._fatal or error
+        """A wait for an event that told this error, if any. One that stays goes over one that passes."""
+        if self.error is None or (error is not None and isinstance(self.error, OutOfMemoryError)):
+            self.error = error
+
+    def recover(self) -> None:
+        """Forget having run out of memory."""
+        if isinstance(self.error, OutOfMemoryError):
+            self.error = None

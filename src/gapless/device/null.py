@@ -70,6 +70,9 @@ class NullDevice:
     def run_now(self, work: Callable[[], None], stream: Stream) -> None:
         pass
 
+    def recover(self) -> None:
+        pass
+
     def memory(self) -> tuple[int, int]:
         return 2**33, 2**33
 

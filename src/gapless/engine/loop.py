@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from gapless.engine.fill import fill
 from gapless.engine.runner import Runner
@@ -51,14 +52,24 @@ class Loop:
             raise InternalError("there is work, but nothing can run and nothing is in flight")
 
     def _collect(self, plan: Plan, slot: Slot) -> Committed:
-        """Wait for a step and book what it brought: nothing, if it ran out of memory."""
+        """Wait for a step and book what it brought."""
         try:
             sampled = self.slots.collect(slot)
         except OutOfMemoryError as error:
             if plan.num_tokens == 1:
                 raise OutOfMemoryError(f"there is no memory for a step of even one token: {error}") from error
-            return self.scheduler.abandon(plan)
+            return self._abandon(plan)
         return self.scheduler.commit(plan, sampled)
+
+    def _abandon(self, failed: Plan) -> Committed:
+        """Give up a step that ran out of memory, with the steps behind it, which the device has skipped."""
+        skipped = [plan for plan, _ in self._in_flight]
+        for _, slot in self._in_flight:
+            with suppress(OutOfMemoryError):
+                self.slots.collect(slot)
+        self._in_flight.clear()
+        self.runner.recover()
+        return self.scheduler.abandon(failed, skipped)
 
     def close(self) -> None:
         """Give up what is in flight and end the device's streams."""

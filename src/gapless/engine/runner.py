@@ -105,6 +105,10 @@ class Runner:
     def _accesses(self, slot: Slot, shape: StepShape) -> Iterable[Access]:
         return compute_accesses(slot, shape, self.tables, self._kv)
 
+    def recover(self) -> None:
+        """Run steps again after one that ran out of memory. Nothing may be in flight."""
+        self._device.recover()
+
     def close(self) -> None:
         """Let queued work end, then end the streams and free graphs, cache and weights. Nothing is launched after."""
         try:

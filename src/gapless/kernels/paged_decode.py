@@ -1,4 +1,5 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 """Decode attention over the paged cache: one query per entry, the KV of an entry cut into units that run side by side.
 
 The query heads that share a key/value head are the rows of one tile, so every key is read once. A unit is a run of
@@ -23,7 +24,7 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.kernels.online_softmax import LOG2_E, fold_tile
 
-MERGED_BY_LAST = 16  # units a pair; more are merged by a kernel of their own, with a program for every head
+MERGED_BY_LAST = 16  # units of a pair, on average; more are merged by a kernel of their own, a program for every head
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def count_units(
     """Each entry's length and its units for every key/value head: `wanted` in all, and at most one more each."""
     length_E = tl.load(kv_len_E + entry_E, mask=entry_E < entries, other=0)
     span = tl.maximum(tl.cdiv(tl.sum(length_E, axis=0), wanted), min_span)
-    step = tl.exp2(tl.floor(tl.log2(span.to(tl.float32))) - 3.0).to(tl.int32)
+    step = tl.maximum(tl.exp2(tl.floor(tl.log2(span.to(tl.float32))) - 3.0).to(tl.int32), 1)
     span = tl.cdiv(span, step) * step
     units_E = tl.where(entry_E < entries, tl.maximum((length_E + span // 2) // span, 1), 0)
     return length_E, units_E
@@ -51,16 +52,20 @@ def merge_units(
     first_unit: tl.tensor,
     units: tl.tensor,
     first_head: tl.tensor,
-    head_P: tl.tensor,
+    head_in_group: tl.tensor,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     MERGE: tl.constexpr,
 ) -> None:
-    """Write the heads head_P of a group, whose first is first_head of all entries' heads; MERGE units at a time."""
+    """Write HEADS heads of the group that begins with first_head of all entries' heads, from head_in_group on.
+
+    Units are taken in their order, MERGE at a time.
+    """
+    head_P = head_in_group + tl.arange(0, HEADS)
     dim_D = tl.arange(0, DIM_TILE)
     nth_U = tl.arange(0, MERGE)
-    HEADS: tl.constexpr = head_P.shape[0]
     largest_P = tl.full((HEADS,), -1.0e30, tl.float32)
     total_P = tl.zeros((HEADS,), tl.float32)
     sum_PD = tl.zeros((HEADS, DIM_TILE), tl.float32)
@@ -78,7 +83,7 @@ def merge_units(
         total_P = total_P * shrink_P + tl.sum(weight_UP, axis=0)
         sum_PD = sum_PD * shrink_P[:, None] + tl.sum(part_UPD * weight_UP[:, :, None], axis=0)
         largest_P = new_largest_P
-    mean_PD = sum_PD / total_P[:, None]
+    mean_PD = sum_PD / tl.maximum(total_P, 1.0)[:, None]  # the largest weighs 1; heads past GROUP nothing
     out_at = out_END + (first_head + head_P).to(tl.int64)[:, None] * HEAD_DIM + dim_D[None, :]
     in_out = (head_P < GROUP)[:, None] & (dim_D < HEAD_DIM)[None, :]
     tl.store(out_at, mean_PD.to(out_END.dtype.element_ty), mask=in_out)
@@ -189,7 +194,6 @@ def decode_kernel(
             arrived_at = arrived_P + entry * KV_HEADS + kv_head
             if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") == units - 1:
                 tl.store(arrived_at, 0)
-                HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
                 merge_units(
                     partial_UGD,
                     partial_lse_UG,
@@ -197,7 +201,8 @@ def decode_kernel(
                     unit - nth,
                     units,
                     first_head,
-                    tl.arange(0, HEADS),
+                    0,
+                    triton.next_power_of_2(GROUP),
                     GROUP,
                     HEAD_DIM,
                     DIM_TILE,
@@ -238,7 +243,8 @@ def reduce_kernel(
         first_unit,
         units,
         first_head,
-        head % GROUP + tl.arange(0, 1),
+        head % GROUP,
+        1,
         GROUP,
         HEAD_DIM,
         DIM_TILE,
@@ -258,27 +264,27 @@ class DecodeTiles:
 
 
 TILES = {
-    64: DecodeTiles(block_n=32, min_span=128, programs_per_processor=9, num_warps=1, num_stages=3),
-    128: DecodeTiles(block_n=16, min_span=128, programs_per_processor=9, num_warps=1, num_stages=3),
-    256: DecodeTiles(block_n=16, min_span=128, programs_per_processor=4, num_warps=2, num_stages=3),
-}  # by head size, bfloat16 or float16
+    64: DecodeTiles(block_n=32, min_span=128, programs_per_processor=3, num_warps=1, num_stages=3),
+    128: DecodeTiles(block_n=16, min_span=128, programs_per_processor=4, num_warps=1, num_stages=3),
+    256: DecodeTiles(block_n=16, min_span=128, programs_per_processor=4, num_warps=1, num_stages=2),
+}  # by head size, for bfloat16 and float16: the best on an H100 of those that scripts/gpu_kernels.py --sweep tries
 
 
 def decode_tiles(head_dim: int, itemsize: int, group: int, amd: bool) -> DecodeTiles:
-    """A program of one warp waits for nobody and ends soon after its last key has come. Many of them, each with a tile
-    in work and two on their way to shared memory, keep the cache's memory busy."""
+    """A program of one warp waits for no other and ends soon after its last key has come. Four of them on a processor,
+    each with a tile or two of 8 KiB of keys and values on their way to shared memory, keep the memory busy."""
     dim_tile = max(64, triton.next_power_of_2(head_dim))
     tiles = TILES[min(dim_tile, 256)]
     if amd:
         tiles = replace(tiles, num_stages=2)
     if itemsize > 2:  # no matrix instruction multiplies float32 as it is
         return replace(tiles, block_n=max(16, 4096 // dim_tile), num_warps=4)
-    rows_of_tile = max(1, triton.next_power_of_2(group) // 16) * max(1, dim_tile // 256)
-    return replace(tiles, num_warps=min(8, tiles.num_warps * rows_of_tile))
+    row_tiles = max(1, triton.next_power_of_2(group) // 16) * max(1, dim_tile // 256)
+    return replace(tiles, num_warps=min(8, tiles.num_warps * row_tiles))
 
 
 def merge_step(heads: int, dim_tile: int, num_warps: int) -> int:
-    """Units to merge at a time: as many as leave a thread 64 of their numbers"""
+    """Units to merge at a time: as many as leave a thread 64 of their numbers."""
     return max(1, min(32, num_warps * 2048 // (heads * dim_tile)))
 
 

@@ -6,7 +6,7 @@ release. A planted fault swaps one of them for a worse one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -115,8 +115,7 @@ class RigScheduler(Scheduler):
         """First come, first served, and the oldest is never preempted for blocks."""
         table, left = self.rows, self.requests_without_row()
         admitted = rowless - left
-        draining = (table.state == RowState.PREEMPTED) | (table.state == RowState.LOST)
-        left |= set(table.request_id[draining].tolist())
+        left |= set(table.request_id[table.state == RowState.PREEMPTED].tolist())
         if oldest in left:
             raise Broken("liveness", "the oldest running request was preempted")
         if admitted and left and max(admitted) > min(left):
@@ -129,12 +128,12 @@ class RigScheduler(Scheduler):
         self.rig.boundary("committed", plan.step)
         return committed
 
-    def abandon(self, plan: Plan) -> Committed:
-        self.rig.boundary("abandon", plan.step)
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        self.rig.boundary("abandon", failed.step)
         self.rig.count_failure()
-        committed = super().abandon(plan)
+        committed = super().abandon(failed, skipped)
         self.rig.ended.update(end.request_id for end in committed.finished)
-        self.rig.boundary("abandoned", plan.step)
+        self.rig.boundary("abandoned", failed.step)
         return committed
 
 

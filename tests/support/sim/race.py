@@ -137,15 +137,17 @@ def explore(chunks: list[int], jobs: int) -> Iterator[tuple[int, Totals]]:
 @app.command("run")
 def run_command(
     seeds: Annotated[int, typer.Option(min=1, help="Schedules in all, rounded up to whole chunks.")] = 100_000,
+    start: Annotated[int, typer.Option(min=0, help="The first seed, rounded down to a whole chunk.")] = 0,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
     state: Annotated[Path, typer.Option(help="Where the progress is kept.")] = STATE,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what is done.")] = False,
 ) -> None:
-    """Run schedules 0 to SEEDS - 1. Goes on where it was stopped, as long as the code is the same."""
+    """Run SEEDS schedules from START on. Goes on where it was stopped, as long as the code is the same."""
     console, code = Console(), fingerprint()
     known = State(code) if restart else State.load(state, code)
     done = set(known.chunks)
-    missing = [number for number in range(-(-seeds // CHUNK)) if number not in done]
+    first = start // CHUNK
+    missing = [number for number in range(first, first + -(-seeds // CHUNK)) if number not in done]
     if done:
         console.print(f"{len(done) * CHUNK:,} schedules of this code are done already")
     columns = (

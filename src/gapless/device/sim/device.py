@@ -96,8 +96,13 @@ class SimDevice:
         stream.enqueue(work, Note("start-up", -1, ""))
         assert isinstance(stream, SimStream)
         self._drain(stream)
-        if (error := stream.faults.carried()) is not None:
+        if (error := stream.faults.error) is not None:
+            self.recover()
             raise error
+
+    def recover(self) -> None:
+        for stream in self._streams:
+            stream.faults.recover()
 
     def memory(self) -> tuple[int, int]:
         return 2**33, 2**33
@@ -227,7 +232,7 @@ class SimDevice:
                 mark = head.mark
                 stream.free_at = max(stream.free_at, head.queued_at)
                 mark.clock = self.checker.clocks[stream.thread].copy()
-                mark.reached, mark.at, mark.error = True, stream.free_at, stream.faults.carried()
+                mark.reached, mark.at, mark.error = True, stream.free_at, stream.faults.error
             elif isinstance(head, Wait) and head.mark.reached:
                 self.checker.join(stream.thread, head.mark.clock)
                 stream.free_at = max(stream.free_at, head.mark.at)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gapless.device.base import Device
@@ -169,30 +171,34 @@ class ForgetsPreempted(RigScheduler):
 
 
 class CommitsFailedStep(RigScheduler):
-    """A step that ran out of memory is committed with whatever its slot holds."""
+    """A step that ran out of memory is committed with whatever its slot holds, and so are those behind it."""
 
-    def abandon(self, plan: Plan) -> Committed:
-        return self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32))
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        records = [self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32)) for plan in (failed, *skipped)]
+        return Committed(
+            np.concatenate([each.request_ids for each in records]),
+            np.concatenate([each.tokens for each in records]),
+            tuple(end for each in records for end in each.finished),
+        )
 
 
-class LosesFailedStep(RigScheduler):
+class RunsOnAfterFailure(RigScheduler):
     """A step that ran out of memory is retired, and its sequences run on."""
 
-    def abandon(self, plan: Plan) -> Committed:
-        self._retire(plan.step)
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        for plan in (failed, *skipped):
+            self._retire(plan.step)
         return Committed.without_tokens(self.take_finished())
 
 
-class ForgetsStepsBehind(RigScheduler):
-    """After a failed step, rows are freed with no regard to the steps behind it, which used old block tables."""
+class CommitsSkippedSteps(RigScheduler):
+    """Only the step that ran out of memory is given up; those behind it are committed, though nobody ran them."""
 
-    def abandon(self, plan: Plan) -> Committed:
-        kept = self.rows.last_step
-        self.rows.last_step = kept.copy()
-        try:
-            return super().abandon(plan)
-        finally:
-            self.rows.last_step = kept
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        committed = super().abandon(failed, [])
+        for plan in skipped:
+            self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32))
+        return committed
 
 
 class NewestFirst(RigScheduler):
