@@ -6,7 +6,6 @@ keeps it out of a plain pytest run.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -120,7 +119,7 @@ def test_ragged_decodes_equal_the_reference_however_they_are_cut(
     monkeypatch.setattr(paged_decode, "MERGED_BY_LAST", merged_by_last)
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = torch.randint(1, 90, (1 + 2 * seed,), generator=generator).tolist()
-    lengths[seed] = 700
+    lengths[seed] = 400
     kv_heads, group = [(3, 3), (1, 4), (2, 7), (4, 1)][seed]
     scenario = make_scenario(
         [1] * len(lengths),
@@ -129,19 +128,18 @@ def test_ragged_decodes_equal_the_reference_however_they_are_cut(
         head_dim=[64, 32, 20, 16][seed],
         block_size=[16, 16, 64, 24][seed],
         seed=seed,
-        max_kv=[700, 131072, 800, 8192][seed],
+        max_kv=[400, 131072, 800, 8192][seed],
     )
     block_n, min_span, programs = CUTS[cut]
     tiles = DecodeTiles(block_n, min_span, programs, num_warps=1, num_stages=1)
     args = (scenario.q_TND, scenario.kv, scenario.batch, 0.2)
     exact_TND, arrived_P = REFERENCE.attend(*args), torch.zeros(len(lengths) * kv_heads, dtype=torch.int32)
-    for batch in (scenario.batch, dataclasses.replace(scenario.batch, max_kv=2**20)):
-        out_TND = torch.full_like(scenario.q_TND, torch.nan)
-        paged_decode.paged_decode(
-            scenario.q_TND, out_TND, scenario.kv, batch, 0.2, MULTIPROCESSORS, tiles, arrived_P=arrived_P
-        )
-        torch.testing.assert_close(out_TND, exact_TND, rtol=1e-5, atol=1e-5)
-        assert not arrived_P.any()
+    out_TND = torch.full_like(scenario.q_TND, torch.nan)
+    paged_decode.paged_decode(
+        scenario.q_TND, out_TND, scenario.kv, scenario.batch, 0.2, MULTIPROCESSORS, tiles, arrived_P=arrived_P
+    )
+    torch.testing.assert_close(out_TND, exact_TND, rtol=1e-5, atol=1e-5)
+    assert not arrived_P.any()
 
 
 def test_more_pairs_than_the_shared_counters_are_good_for_get_their_own(monkeypatch: pytest.MonkeyPatch):
