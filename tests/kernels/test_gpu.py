@@ -54,7 +54,7 @@ def test_attention_in_float32_is_exact(heads: tuple[int, int]):
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "entries"),
-    [((32, 8), 128, 32), ((9, 3), 64, 7), ((4, 1), 128, 1), ((14, 2), 64, 3), ((4, 4), 256, 2), ((32, 8), 128, 256)],
+    [((32, 8), 128, 32), ((9, 3), 64, 7), ((4, 1), 128, 1), ((14, 2), 64, 3), ((4, 4), 256, 2), ((32, 8), 128, 64)],
 )
 def test_a_long_decode_among_short_ones_is_right_and_has_the_same_bits_again(
     heads: tuple[int, int], head_dim: int, entries: int

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ STATE = Path(".race") / "state.json"
 MAX_KEPT = 100
 POLICY = ("blocks", "budget", "config", "errors", "outcome", "plan", "request", "rows", "scheduler")
 ENGINE = (*(f"{name}.py" for name in POLICY), "device", "engine", "sampling")
+RIG = ("hash_model.py", "sim/model.py", "sim/parts.py", "sim/rig.py", "sim/schedule.py")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -107,7 +109,7 @@ def fingerprint() -> str:
     """Of the code that a schedule runs: what a result is good for."""
     digest = hashlib.sha256()
     package, support = Path(gapless.__file__).parent, Path(__file__).parent.parent
-    for path in [*(package / name for name in ENGINE), support / "hash_model.py", support / "sim"]:
+    for path in [*(package / name for name in ENGINE), *(support / name for name in RIG)]:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -127,10 +129,15 @@ def run_chunk(number: int) -> tuple[int, Totals]:
     return number, totals
 
 
+def leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of the terminal; one of them answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def explore(chunks: list[int], jobs: int) -> Iterator[tuple[int, Totals]]:
     """Chunks as they are done, on this many processes."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs) as pool:
+    with context.Pool(jobs, initializer=leave_interrupts_to_the_parent) as pool:
         yield from pool.imap_unordered(run_chunk, chunks)
 
 
