@@ -105,10 +105,10 @@ def test_it_does_not_hide_an_error_that_stays(device: Device):
     second.enqueue(fail)
     second.wait(broken)
     for _ in range(3):
-        device.recover()
         second.enqueue(fail)
         with pytest.raises(ArithmeticError, match="went wrong"):
             recorded(device, second).synchronize()
+        device.recover()
 
 
 def test_at_start_up_it_is_raised(device: Device):

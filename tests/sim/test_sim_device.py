@@ -123,7 +123,7 @@ def test_a_seed_gives_the_same_run_every_time():
         device = device_of(seed)
         streams = [device.stream(name) for name in "abc"]
         for number in range(30):
-            streams[number % 3].enqueue(lambda: None, Note("work", number, ""))
+            streams[number % 3].enqueue(lambda: None, Note("work", number, "", list))
         device.close()
         return device.timeline.text()
 
@@ -167,6 +167,19 @@ def test_a_host_that_waits_for_what_can_not_happen_is_told_so():
         two.synchronize()
 
 
+def test_work_of_a_step_must_declare_what_it_touches():
+    stream = device_of().stream("a")
+    with pytest.raises(InternalError, match="compute of step 3 does not declare"):
+        stream.enqueue(lambda: None, Note("compute", 3, "A"))
+
+
+def test_recovering_with_work_in_flight_is_refused():
+    device = device_of(eagerness=LAZY)
+    device.stream("a").enqueue(lambda: None)
+    with pytest.raises(InternalError, match="in flight"):
+        device.recover()
+
+
 def test_virtual_time_follows_from_costs_and_events():
     """copy 1 s, compute 4 s, the host 2 s between steps: work waits for the host, for its stream and for events."""
     costs = {"copy": 1.0, "compute": 4.0}
@@ -175,11 +188,11 @@ def test_virtual_time_follows_from_costs_and_events():
     begin, end, copied = device.event("begin"), device.event("end"), device.event("copied")
     for step in range(2):
         device.spend("plan", 2.0, step)
-        copies.enqueue(lambda: None, Note("copy", step, ""))
+        copies.enqueue(lambda: None, Note("copy", step, "", list))
         copies.record(copied)
         compute.wait(copied)
         compute.record(begin)
-        compute.enqueue(lambda: None, Note("compute", step, ""))
+        compute.enqueue(lambda: None, Note("compute", step, "", list))
         compute.record(end)
     end.synchronize()
     assert [(span.label, span.begin, span.end) for span in device.timeline.spans if span.lane != "host"] == [
@@ -196,8 +209,8 @@ def test_virtual_time_follows_from_costs_and_events():
 def test_the_timeline_has_a_column_for_each_lane_and_a_chrome_trace():
     device = device_of(eagerness=1.0)
     copies, compute = device.stream("h2d"), device.stream("compute")
-    copies.enqueue(lambda: None, Note("copy in", 0, "A"))
-    compute.enqueue(lambda: None, Note("compute", 0, "A"))
+    copies.enqueue(lambda: None, Note("copy in", 0, "A", list))
+    compute.enqueue(lambda: None, Note("compute", 0, "A", list))
     device.close()
     header, first, second = device.timeline.text().splitlines()
     assert header.split() == ["host", "h2d", "compute"]

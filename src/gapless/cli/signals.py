@@ -22,8 +22,8 @@ def sigterm_leaves(last_words: Callable[[], str] | None = None) -> Generator[Non
     """On SIGTERM say these words on stderr, if any, and end the process at once with status TERMINATED."""
 
     def leave(_number: int, _frame: object) -> None:
-        if last_words is not None:
-            with suppress(OSError):  # nobody may be listening any more
+        with suppress(OSError, ValueError):  # nobody may be listening any more
+            if last_words is not None and sys.stderr is not None:
                 os.write(sys.stderr.fileno(), f"gapless: {last_words()}\n".encode())
         os._exit(TERMINATED)
 

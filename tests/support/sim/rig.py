@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gapless.device.sim import RandomOrder, SimDevice
+from gapless.device.sim.streams import UNDECLARED
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import capturer
 from gapless.engine.graphs import GraphTable
@@ -261,6 +262,8 @@ class Rig:
             raise Broken("books", "a slot is still lent")
         if not self.device.idle:
             raise Broken("books", "work is still queued on the device")
+        if any(span.name == UNDECLARED for span in self.device.timeline.spans):
+            raise Broken("books", "work was queued that does not declare what it touches")
         stats = scheduler.stats
         if stats.generated_tokens != sum(map(len, self.tokens.values())):
             raise Broken("books", f"{stats.generated_tokens} generated tokens were counted")

@@ -101,6 +101,8 @@ class SimDevice:
             raise error
 
     def recover(self) -> None:
+        if not self.idle:
+            raise InternalError("the device was to recover with work in flight")
         for stream in self._streams:
             stream.faults.recover()
 

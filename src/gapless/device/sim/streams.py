@@ -21,6 +21,7 @@ from gapless.errors import InternalError
 if TYPE_CHECKING:
     from gapless.device.sim.device import SimDevice
 
+UNDECLARED = "work"  # what queued work without a note is called
 _NOT_SITES = ("/device/sim/", "/numpy/", "/torch/")  # code that a call site is not in
 
 
@@ -91,7 +92,9 @@ class SimStream:
         self._device = device
 
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-        note = note or Note("work", -1, "")
+        note = note or Note(UNDECLARED, -1, "")
+        if note.step >= 0 and note.accesses is tuple and note.name != "replay":
+            raise InternalError(f"{note.name} of step {note.step} does not declare what it touches")
         self._device.host_prepares(note)
         self.queued += 1
         clock = self._device.checker.fork(0)

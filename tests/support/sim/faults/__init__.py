@@ -48,6 +48,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("collected tokens are a view of pinned memory", Parts(slots=memory.KeepsView)),
     Fault("a graph is captured with another slot's buffers", Parts(runner=tokens.OtherSlotsGraph)),
     Fault("table deltas are applied on the copy stream", Parts(runner=tokens.DeltasOnCopyStream)),
+    Fault("work is queued that declares nothing", Parts(runner=tokens.UndeclaredDeltas)),
     Fault("a row and its blocks are freed at commit", Parts(scheduler=memory.FreesAtCommit)),
     Fault("a row's blocks are freed at commit", Parts(scheduler=memory.FreesBlocksAtCommit)),
     Fault("a step retires one step early", Parts(scheduler=memory.RetiresEarly)),

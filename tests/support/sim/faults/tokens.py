@@ -125,6 +125,8 @@ class KeyedOnStep(KeyedSampler):
 class DeltasOnCopyStream(RigRunner):
     """Table deltas are applied on the H2D stream, as soon as they are there."""
 
+    declared = True
+
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         pass
 
@@ -147,17 +149,23 @@ class DeltasOnCopyStream(RigRunner):
 
             def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
                 copies.enqueue(work, note)
-                copies.enqueue(apply, Note("deltas", plan.step, slot.letter, accesses))
+                copies.enqueue(apply, Note("deltas", plan.step, slot.letter, accesses) if declared else None)
 
             def __getattr__(self, name: str) -> object:
                 return getattr(copies, name)
 
-        copies = self._h2d
+        copies, declared = self._h2d, self.declared
         self._h2d = WithDeltas()  # type: ignore[assignment]
         try:
             super().launch(plan, slot, shape)
         finally:
             self._h2d = copies
+
+
+class UndeclaredDeltas(DeltasOnCopyStream):
+    """The same, and nobody is told what that work touches."""
+
+    declared = False
 
 
 class CarriesOlderToken(RigRunner):
