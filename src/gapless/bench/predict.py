@@ -23,8 +23,8 @@ from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 
 BEFORE_LAUNCH = 2 / 3
-"""Share of the host's time that lies before the launch (plan, fill, queueing); commit and publish are the rest.
-Measured on the null device at 32 and 256 rows: 0.66 and 0.63."""
+"""Share of the host's time that lies before the launch is done (plan, fill, queueing); commit and publish are the rest.
+An assumption, which moves the result little: what counts is the sum."""
 
 WARM_UP = 20
 ROWS = 2
