@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from gapless.device import Device, open_device
 from gapless.engine.build import build_engine
 from gapless.engine.core import Engine
 from gapless.errors import ConfigError, OutOfMemoryError
+from gapless.models.layers import make_ops
 from gapless.models.registry import build_model
 from gapless.prompts import PromptEncoder
 from gapless.sampling import make_sampler
 from gapless.text.chat import ChatTemplate
 from gapless.text.tokenizer import Tokenizer
+from gapless.weights.cache import cache_folder
 from gapless.weights.hf_config import load_shape
 from gapless.weights.names import weight_shapes
 from gapless.weights.random import random_weights
@@ -50,6 +53,7 @@ class EngineOptions(TypedDict, total=False):
     device: str | None
     attention: str | None
     seed: int
+    stall_seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +122,7 @@ def load_engine(
             dtype=dtype,
             attention=make_attention(config.attention, device.torch_device),
             max_position=min(config.max_model_len or limit, limit),
+            ops=make_ops(device.torch_device, _choices_file(device)),
         )
         words = _open_tokenizer(source, tokenizer)
         engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype)
@@ -134,6 +139,12 @@ def load_engine(
         device_name=device.name,
         config=dataclasses.replace(config, dtype=dtype_name, device=str(device.torch_device)),
     )
+
+
+def _choices_file(device: Device) -> Path:
+    """Where the choice of kernels for this kind of device is kept."""
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{device.name} torch {torch.__version__}".lower())
+    return cache_folder() / f"linear-{name}.json"
 
 
 def _check_memory(source: ModelSource, device: Device, dtype: torch.dtype) -> None:

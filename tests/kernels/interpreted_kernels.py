@@ -13,14 +13,17 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gapless.attention.base import LayerKV
 from gapless.attention.scenario import make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
 from gapless.kernels import paged_decode
+from gapless.kernels.linear import LinearTiles, gated_linear, linear
 from gapless.kernels.ops import TritonOps
 from gapless.kernels.paged_decode import DecodeTiles, decode_kernel
+from gapless.kernels.silu_mul import silu_mul
 from gapless.models.layers import TorchOps
 
 REFERENCE = TorchAttention()
@@ -168,7 +171,39 @@ def test_add_rms_norm_equals_torch(hidden: int, add: bool):
 @pytest.mark.parametrize("width", [1, 80, 1536])
 def test_silu_mul_equals_torch(width: int):
     gate_up_TF2 = torch.randn(3, 2 * width, generator=torch.Generator().manual_seed(width)) * 10
-    torch.testing.assert_close(TritonOps().silu_mul(gate_up_TF2), TorchOps().silu_mul(gate_up_TF2))
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=1)
+    torch.testing.assert_close(silu_mul(gate_up_TF2), functional.silu(gate_TF) * up_TF)
+
+
+# (tokens, inputs, outputs): whole tiles, ragged everywhere, fewer inputs than a tile, more splits than tiles
+MAPS = [(32, 256, 128), (5, 200, 72), (1, 8, 3), (17, 136, 200)]
+TILES = [LinearTiles(64, 64, 1, 1), LinearTiles(32, 32, 2, 1), LinearTiles(16, 64, 4, 1)]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("sizes", MAPS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles, biased: bool):
+    tokens, inputs, outputs = sizes
+    x_TI, weight_OI, bias_O = normal(tokens, inputs), normal(outputs, inputs), normal(outputs) if biased else None
+    arrived = torch.zeros(1000, dtype=torch.int32)
+    out_TO = linear(x_TI, weight_OI, bias_O, tiles, arrived)
+    torch.testing.assert_close(out_TO, functional.linear(x_TI, weight_OI, bias_O), rtol=1e-5, atol=1e-4)
+    assert not arrived.any()
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("sizes", MAPS)
+def test_gated_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles):
+    tokens, inputs, half = sizes
+    x_TI, weight_OI, bias_O = normal(tokens, inputs), normal(2 * half, inputs), normal(2 * half)
+    gate_TF, up_TF = functional.linear(x_TI, weight_OI, bias_O).chunk(2, dim=1)
+    out_TF = gated_linear(x_TI, weight_OI, bias_O, tiles)
+    torch.testing.assert_close(out_TF, functional.silu(gate_TF) * up_TF, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", [False, True])

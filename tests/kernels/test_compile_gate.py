@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gapless.kernels.linear import LinearTiles, candidates, gated_kernel, linear_kernel  # noqa: E402
 from gapless.kernels.paged_decode import decode_kernel, decode_tiles, merge_step, reduce_kernel  # noqa: E402
 from gapless.kernels.paged_prefill import prefill_kernel, prefill_tiles  # noqa: E402
 from gapless.kernels.rms_norm import add_rms_norm_kernel  # noqa: E402
@@ -41,6 +42,9 @@ TYPES = {
     **dict.fromkeys(("partial_UGD", "partial_lse_UG", "rope_PD"), "*fp32"),
     **dict.fromkeys(("table_stride", "q_stride", "entries", "wanted", "min_span", "num_decodes"), "i32"),
     **dict.fromkeys(("eps", "scale_log2"), "fp32"),
+    **dict.fromkeys(("tokens", "inputs", "outputs", "half"), "i32"),
+    **dict.fromkeys(("partial",), "*fp32"),
+    **dict.fromkeys(("arrived",), "*i32"),
 }
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
 
@@ -110,6 +114,20 @@ def rope_append(head_dim: int) -> Case:
     return rope_append_kernel, constants, {"num_warps": 4}
 
 
+def linear(tiles: LinearTiles, tokens: int, gated: bool) -> Case:
+    constants: dict[str, int | bool] = {
+        "TOKENS_TILE": tokens,
+        "OUT_TILE": tiles.out_tile,
+        "IN_TILE": tiles.in_tile,
+        "BIAS": True,
+        "PREFETCH": 512,
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return (
+        (gated_kernel, constants, options) if gated else (linear_kernel, {**constants, "SPLIT": tiles.split}, options)
+    )
+
+
 CASES: dict[str, Callable[[bool], Case]] = {
     "decode-128": lambda amd: decode(128, 4, amd),
     "decode-128-unmerged": lambda amd: decode(128, 4, amd, fused=False),
@@ -127,21 +145,47 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "rope_append-128": lambda _: rope_append(128),
     "rope_append-80": lambda _: rope_append(80),
 }
+HOPPER_CASES: dict[str, Case] = {
+    f"{'gated' if gated else 'linear'}-{tiles.out_tile}-{tiles.in_tile}-{tiles.split}-{tokens}": linear(
+        tiles, tokens, gated
+    )
+    for gated in (False, True)
+    for tokens in (16, 32, 128)
+    for tiles in candidates(gated=gated, tokens=tokens)
+}
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
 @pytest.mark.parametrize("case_name", CASES)
 def test_a_kernel_compiles_and_fits_in_shared_memory(target_name: str, case_name: str):
     target = TARGETS[target_name]
-    kernel, constants, options = CASES[case_name](target.gpu.backend == "hip")
+    check(target, CASES[case_name](target.gpu.backend == "hip"))
+
+
+@pytest.mark.parametrize("case_name", HOPPER_CASES)
+def test_a_kernel_for_hopper_only_compiles_and_fits_in_shared_memory(case_name: str):
+    check(TARGETS["sm_90"], HOPPER_CASES[case_name])
+
+
+def check(target: Target, case: Case) -> None:
+    kernel, constants, options = case
+    hopper = target is TARGETS["sm_90"]
+    if "DEPENDENT" in kernel.arg_names:
+        constants = {**constants, "DEPENDENT": hopper}
     names: list[str] = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
+    if "weight_at" in names:
+        rows = constants["OUT_TILE"] // (1 if kernel is linear_kernel else 2)
+        signature["x_TI"] = f"tensordesc<bf16[{constants['TOKENS_TILE']},{constants['IN_TILE']}]>"
+        signature["weight_OI"] = f"tensordesc<bf16[{rows},{constants['IN_TILE']}]>"
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or name.endswith("_stride")
+        if signature[name].startswith("*") or name.endswith("_stride") or name in ("inputs", "outputs")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled: Any = triton.compile(source, target=target.gpu, options={**options, "enable_fp_fusion": True})
+    launch = {"launch_pdl": True} if hopper else {}
+    compiled: Any = triton.compile(source, target=target.gpu, options={**options, **launch, "enable_fp_fusion": True})
     assert compiled.asm[target.binary]
+    assert not hopper or kernel is prefill_kernel or "griddepcontrol.wait" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= target.shared_memory

@@ -9,14 +9,12 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
+from gapless.bench.tiny_model import TinyModel
 from gapless.config import EngineConfig
 from gapless.device.null import NullDevice
 from gapless.engine.admission import Admission, ModelFacts
@@ -27,21 +25,6 @@ from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 
 WARM_UP_STEPS = 50
-
-
-class NullModel:
-    """Nothing to compute; never called, since the null device drops its work."""
-
-    vocab_size = 32000
-    max_position = 2**20
-    eos_token_ids: tuple[int, ...] = ()
-    kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
-
-    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
-        return tokens_T
-
-    def logits(self, hidden_EH: Tensor) -> Tensor:
-        return hidden_EH
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +82,7 @@ def steady_loop(batch: int, context: int, queue: int, steps: int, lookahead: int
         num_blocks=batch * (-(-length // block_size) + 1),
         device="cpu",
     )
-    model, device = NullModel(), NullDevice()
+    model, device = TinyModel(), NullDevice()
     loop, limits = build_loop(model, config, device, make_sampler(torch.device("cpu")), torch.float32)
     admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
     params = SamplingParams(temperature=0, max_tokens=new_tokens)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
+from gapless.bench.tiny_model import TinyModel
 from gapless.config import EngineConfig
 from gapless.device.sim import SimDevice, Span, TimedOrder
 from gapless.engine.admission import Admission, ModelFacts
@@ -48,21 +47,6 @@ class Prediction:
     step_seconds: float
 
 
-class _TinyModel:
-    """Answers at once; what a step costs is the simulator's business."""
-
-    vocab_size = 2
-    max_position = 2**20
-    eos_token_ids: tuple[int, ...] = ()
-    kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
-
-    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
-        return tokens_T
-
-    def logits(self, hidden_EH: Tensor) -> Tensor:
-        return torch.zeros(hidden_EH.shape[0], 2)
-
-
 def predict(
     lookahead: int,
     *,
@@ -88,7 +72,7 @@ def predict(
     config = EngineConfig(
         lookahead=lookahead, max_rows=ROWS, max_model_len=length, num_blocks=ROWS * (length // 16 + 2), graphs=False
     )
-    model = _TinyModel()
+    model = TinyModel(vocab_size=2)
     loop, limits = build_loop(model, config, sim, make_sampler(torch.device("cpu")), torch.float32)
 
     def publish(committed: Committed) -> None:

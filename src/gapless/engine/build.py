@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from gapless.attention.base import KVSpec, LayerKV
 from gapless.config import EngineConfig, SchedulerLimits
-from gapless.device.base import Device, Graph
+from gapless.device.base import Device, Graph, Stream
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.core import Engine
 from gapless.engine.fill import fill
@@ -27,13 +28,15 @@ from gapless.sampling.base import Sampler
 from gapless.scheduler import Scheduler
 
 CPU_KV_CACHE_BYTES = 2 * 2**30  # the default on the cpu device, where pages cost memory only once written
+_TIMED_REPLAYS = 5
 _SMALLEST_CACHE = 2  # blocks: the null block and one more
 
 
 def build_engine(model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype) -> Engine:
     """An engine that runs `model`, already on the device, in `dtype`. Raises ConfigError or OutOfMemoryError."""
     loop, limits = build_loop(model, config, device, sampler, dtype)
-    return Engine(loop, Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed))
+    admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
+    return Engine(loop, admission, config.stall_seconds)
 
 
 def build_loop(
@@ -55,6 +58,7 @@ def build_loop(
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
     runner, slots = _build_runner(model, config, device, sampler, kv, limits)
     if config.graphs and device.captures_graphs:
+        model.prepare(runner.graphs.buckets, lambda work: _replay_seconds(device, runner.compute, work))
         runner.graphs.capture(slots.slots, capturer(runner, limits))
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
@@ -87,6 +91,25 @@ def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepSha
         return runner.capture(slot, shape, extent)
 
     return capture
+
+
+def _replay_seconds(device: Device, stream: Stream, work: Callable[[], object]) -> float:
+    """The median time of a graph of the work."""
+
+    def run() -> None:
+        work()
+
+    device.run_now(run, stream)
+    graph = device.capture(run, stream)
+    times: list[float] = []
+    for _ in range(_TIMED_REPLAYS):
+        begin, end = device.event(timed=True), device.event(timed=True)
+        stream.record(begin)
+        stream.enqueue(graph.replay)
+        stream.record(end)
+        device.run_now(lambda: None, stream)
+        times.append(end.seconds_since(begin))
+    return statistics.median(times)
 
 
 def _no_tokens() -> Ints:

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.kernels.dependent import dependent_launch, follow
 from gapless.kernels.online_softmax import LOG2_E, fold_tile
 
 MERGED_BY_LAST = 16  # units of a pair, on average; more are merged by a kernel of their own, a program for every head
@@ -117,7 +118,9 @@ def decode_kernel(
     ENTRIES_TILE: tl.constexpr,
     MERGE: tl.constexpr,
     FUSED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    follow(DEPENDENT)
     unit = tl.program_id(0)
     entry_E = tl.arange(0, ENTRIES_TILE)
     row_E = tl.load(rows_E + entry_E, mask=entry_E < entries, other=0)
@@ -225,7 +228,9 @@ def reduce_kernel(
     DIM_TILE: tl.constexpr,
     ENTRIES_TILE: tl.constexpr,
     MERGE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    follow(DEPENDENT)
     entry = tl.program_id(0)
     head = tl.program_id(1)
     entry_E = tl.arange(0, ENTRIES_TILE)
@@ -344,6 +349,7 @@ def paged_decode(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,
+        **dependent_launch(),
     )
     if not fused:
         reduce_kernel[(num_entries, num_heads)](
@@ -359,4 +365,5 @@ def paged_decode(
             MERGE=merge_step(1, dim_tile, 4),
             num_warps=4,
             enable_fp_fusion=True,
+            **dependent_launch(),
         )

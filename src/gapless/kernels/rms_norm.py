@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapless.kernels.dependent import dependent_launch, follow
+
 
 @triton.jit
 def add_rms_norm_kernel(
@@ -19,10 +21,13 @@ def add_rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64) * HIDDEN
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
+    weight = tl.load(weight_H + columns, mask=inside, other=0.0).to(tl.float32)
+    follow(DEPENDENT)
     x = tl.load(residual_TH + token + columns, mask=inside, other=0.0)
     if ADD:
         update = tl.load(update_TH + token + columns, mask=inside, other=0.0)
@@ -30,7 +35,6 @@ def add_rms_norm_kernel(
         tl.store(residual_TH + token + columns, x, mask=inside)
     x32 = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x32 * x32, axis=0) / HIDDEN + eps)
-    weight = tl.load(weight_H + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_TH + token + columns, (x32 * inverse * weight).to(x.dtype), mask=inside)
 
 
@@ -50,5 +54,6 @@ def add_rms_norm(update_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor
         ADD=update_TH is not None,
         num_warps=min(max(block // 512, 1), 16),
         enable_fp_fusion=True,
+        **dependent_launch(),
     )
     return out_TH

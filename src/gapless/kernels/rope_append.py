@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.kernels.dependent import dependent_launch, follow
 
 HEADS_PER_PROGRAM = 8
 
@@ -37,7 +38,9 @@ def rope_append_kernel(
     HEADS_TILE: tl.constexpr,
     HALF_TILE: tl.constexpr,
     NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    follow(DEPENDENT)
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -113,5 +116,6 @@ def rope_append(
         NORM=qk_norm_2D is not None,
         num_warps=4,
         enable_fp_fusion=True,
+        **dependent_launch(),
     )
     return q_TND

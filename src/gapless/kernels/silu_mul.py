@@ -8,11 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gapless.kernels.dependent import dependent_launch, follow
+
 BLOCK = 1024
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_TF2: tl.tensor, out_TF: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def silu_mul_kernel(
+    gate_up_TF2: tl.tensor, out_TF: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+) -> None:
+    follow(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -24,10 +29,10 @@ def silu_mul_kernel(gate_up_TF2: tl.tensor, out_TF: tl.tensor, WIDTH: tl.constex
 
 
 def silu_mul(gate_up_TF2: Tensor) -> Tensor:
-    """See models/layers.py `LayerOps.silu_mul`. The input is contiguous."""
+    """silu(first half) * second half: contiguous [T, 2 F] -> [T, F]."""
     num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     out_TF = torch.empty((num_tokens, width), dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
     silu_mul_kernel[(num_tokens, triton.cdiv(width, BLOCK))](
-        gate_up_TF2, out_TF, WIDTH=width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+        gate_up_TF2, out_TF, WIDTH=width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True, **dependent_launch()
     )
     return out_TF

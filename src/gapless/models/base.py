@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +22,13 @@ class Model(Protocol):
         """Append the tokens (int32) to the cache and return the final hidden states [T, H] before the head's norm.
 
         No synchronisation and no data-dependent host work; may be captured in a graph.
+        """
+        ...
+
+    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+        """Before graphs are captured for steps of these many tokens: choose kernels, if there is a choice.
+
+        seconds_of  captures work as a graph and gives the time of its replay.
         """
         ...
 

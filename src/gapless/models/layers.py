@@ -6,7 +6,9 @@ the others as in attention/base.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,15 +23,10 @@ PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; othe
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Weights of x -> x W^T + b. After `pack` on the CPU the weight is opaque: only `__call__` may read it."""
+    """Weights of x -> x W^T + b. After `pack` on the CPU the weight is opaque: only `TorchOps` may read it."""
 
     weight_OI: Tensor
     bias_O: Tensor | None = None
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        if self.weight_OI.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x_TI, self.weight_OI, self.bias_O, "none", [], "")
-        return functional.linear(x_TI, self.weight_OI, self.bias_O)
 
     def pack(self) -> Linear:
         """On the CPU, the same map in oneDNN's own layout (1.4 to 3 times as fast at decode sizes); else itself."""
@@ -59,8 +56,25 @@ class LayerOps(Protocol):
         write k and v to the cache. Returns q, contiguous [T, N, D]."""
         ...
 
-    def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
-        """silu(first half) * second half: [T, 2 F] -> [T, F]."""
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + b: [T, I] -> [T, O]."""
+        ...
+
+    def gated_linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """silu(first half) * second half of x W^T + b: [T, I] -> [T, O / 2]."""
+        ...
+
+    def prepare(
+        self,
+        linear: Sequence[Tensor],
+        gated: Sequence[Tensor],
+        sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+    ) -> None:
+        """Choose kernels for these weights of linear and of gated maps, and for steps of each of these many tokens.
+
+        seconds_of  times work as a captured graph. Start-up only.
+        """
         ...
 
 
@@ -108,19 +122,33 @@ class TorchOps:
             self._constants = _StepConstants(batch, rope_PD.index_select(0, batch.positions_T), cache_lines(kv, batch))
         return self._constants
 
-    def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
-        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if weight_OI.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+        return functional.linear(x_TI, weight_OI, bias_O)
+
+    def gated_linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        gate_TF, up_TF = self.linear(x_TI, weight_OI, bias_O).chunk(2, dim=-1)
         return functional.silu(gate_TF).mul_(up_TF)
+
+    def prepare(
+        self,
+        linear: Sequence[Tensor],
+        gated: Sequence[Tensor],
+        sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+    ) -> None:
+        return
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-def make_ops(device: torch.device) -> LayerOps:
-    """Fused Triton kernels on CUDA, plain torch elsewhere."""
+def make_ops(device: torch.device, choices: Path | None = None) -> LayerOps:
+    """Fused Triton kernels on CUDA, plain torch elsewhere. `choices`: a file that keeps the choice of kernels."""
     if device.type == "cuda":
         from gapless.kernels.ops import TritonOps
 
-        return TritonOps()
+        return TritonOps(choices)
     return TorchOps()

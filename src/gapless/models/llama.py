@@ -6,7 +6,7 @@ N, K, D and the cache's as in attention/base.py. F2 is 2 F, gate then up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,16 +105,28 @@ class LlamaModel:
             x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.input_norm_H, self._eps)
             update_TH = self._attend(layer, x_TH, layer_kv, batch)
             x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.post_norm_H, self._eps)
-            update_TH = layer.down(self._ops.silu_mul(layer.gate_up(x_TH)))
+            gate_up = layer.gate_up
+            update_TH = self._linear(self._ops.gated_linear(x_TH, gate_up.weight_OI, gate_up.bias_O), layer.down)
         return residual_TH if update_TH is None else residual_TH + update_TH
 
     def _attend(self, layer: LlamaLayer, x_TH: Tensor, kv: LayerKV, batch: AttentionBatch) -> Tensor:
-        qkv_TM = layer.qkv(x_TH)
+        qkv_TM = self._linear(x_TH, layer.qkv)
         q_TND = self._ops.rope_append(qkv_TM, layer.qk_norm_2D, self._eps, self._rope_PD, kv, batch)
-        return layer.output(self._attention.attend(q_TND, kv, batch, self._scale).flatten(1))
+        return self._linear(self._attention.attend(q_TND, kv, batch, self._scale).flatten(1), layer.output)
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
-        return self.weights.head(self._ops.add_rms_norm(None, hidden_EH, self.weights.norm_H, self._eps))
+        x_EH = self._ops.add_rms_norm(None, hidden_EH, self.weights.norm_H, self._eps)
+        return self._linear(x_EH, self.weights.head)
+
+    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+        linear = [self.weights.head.weight_OI]
+        for layer in self.weights.layers:
+            linear += [layer.qkv.weight_OI, layer.output.weight_OI, layer.down.weight_OI]
+        gated = [layer.gate_up.weight_OI for layer in self.weights.layers]
+        self._ops.prepare(linear, gated, batch_sizes, seconds_of)
+
+    def _linear(self, x_TI: Tensor, linear: Linear) -> Tensor:
+        return self._ops.linear(x_TI, linear.weight_OI, linear.bias_O)
 
 
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:

@@ -11,6 +11,7 @@ from gapless.attention.base import AttentionBackend
 from gapless.config import ModelConfig
 from gapless.errors import UnsupportedModelError
 from gapless.models.base import Model
+from gapless.models.layers import LayerOps
 from gapless.models.llama import LlamaModel
 
 FAMILIES = {
@@ -29,6 +30,7 @@ def build_model(
     dtype: torch.dtype,
     attention: AttentionBackend,
     max_position: int,
+    ops: LayerOps | None = None,
 ) -> Model:
     """Load a model from its named tensors. `max_position` bounds the positions it can be asked for.
 
@@ -39,4 +41,6 @@ def build_model(
         raise UnsupportedModelError(
             f"architecture {config.architecture!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    return family.load(config, tensors, device=device, dtype=dtype, attention=attention, max_position=max_position)
+    return family.load(
+        config, tensors, device=device, dtype=dtype, attention=attention, max_position=max_position, ops=ops
+    )
