@@ -20,9 +20,11 @@ from gapless.attention.scenario import make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
 from gapless.kernels import paged_decode
-from gapless.kernels.linear import LinearTiles, gated_linear, linear
+from gapless.kernels.linear import LinearTiles, add_linear, gated_linear, linear
+from gapless.kernels.normed import Normed
 from gapless.kernels.ops import TritonOps
 from gapless.kernels.paged_decode import DecodeTiles, decode_kernel
+from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.silu_mul import silu_mul
 from gapless.models.layers import TorchOps
 
@@ -161,11 +163,10 @@ def test_add_rms_norm_equals_torch(hidden: int, add: bool):
     residual_TH, update_TH, weight_H = (
         torch.randn(*s, generator=generator) for s in ((5, hidden), (5, hidden), (hidden,))
     )
-    outs = list[tuple[Tensor, Tensor]]()
-    for ops in (TorchOps(), TritonOps()):
-        residual = residual_TH.clone()
-        outs.append((ops.add_rms_norm(update_TH if add else None, residual, weight_H, 1e-5), residual))
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+    expected = residual_TH + update_TH if add else residual_TH.clone()
+    out_TH = add_rms_norm(update_TH if add else None, residual_TH, weight_H, 1e-5)
+    torch.testing.assert_close(residual_TH, expected)
+    torch.testing.assert_close(out_TH, TorchOps().rms_norm(expected, weight_H, 1e-5).x_TH, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 80, 1536])
@@ -175,8 +176,8 @@ def test_silu_mul_equals_torch(width: int):
     torch.testing.assert_close(silu_mul(gate_up_TF2), functional.silu(gate_TF) * up_TF)
 
 
-# (tokens, inputs, outputs): whole tiles, ragged everywhere, fewer inputs than a tile, more splits than tiles
-MAPS = [(32, 256, 128), (5, 200, 72), (1, 8, 3), (17, 136, 200)]
+# (tokens, inputs, outputs): whole tiles, ragged, fewer inputs than a tile, more splits than tiles, two token tiles
+MAPS = [(32, 256, 128), (5, 200, 72), (1, 8, 3), (17, 136, 200), (150, 64, 40)]
 TILES = [LinearTiles(64, 64, 1, 1), LinearTiles(32, 32, 2, 1), LinearTiles(16, 64, 4, 1)]
 
 
@@ -191,7 +192,7 @@ def test_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles, bi
     tokens, inputs, outputs = sizes
     x_TI, weight_OI, bias_O = normal(tokens, inputs), normal(outputs, inputs), normal(outputs) if biased else None
     arrived = torch.zeros(1000, dtype=torch.int32)
-    out_TO = linear(x_TI, weight_OI, bias_O, tiles, arrived)
+    out_TO = linear(Normed(x_TI), weight_OI, bias_O, tiles, arrived)
     torch.testing.assert_close(out_TO, functional.linear(x_TI, weight_OI, bias_O), rtol=1e-5, atol=1e-4)
     assert not arrived.any()
 
@@ -202,8 +203,27 @@ def test_gated_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTil
     tokens, inputs, half = sizes
     x_TI, weight_OI, bias_O = normal(tokens, inputs), normal(2 * half, inputs), normal(2 * half)
     gate_TF, up_TF = functional.linear(x_TI, weight_OI, bias_O).chunk(2, dim=1)
-    out_TF = gated_linear(x_TI, weight_OI, bias_O, tiles)
+    out_TF = gated_linear(Normed(x_TI), weight_OI, bias_O, tiles)
     torch.testing.assert_close(out_TF, functional.silu(gate_TF) * up_TF, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("sizes", MAPS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_norm_between_two_maps_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles, biased: bool):
+    tokens, inputs, hidden = sizes
+    hidden = -(-hidden // 8) * 8
+    x_TI, down_OI, bias_O = normal(tokens, inputs), normal(hidden, inputs), normal(hidden) if biased else None
+    residual_TO, norm_O, next_OI = normal(tokens, hidden) * 5, normal(hidden), normal(40, hidden)
+    ops, arrived, residual = TorchOps(), torch.zeros(1000, dtype=torch.int32), residual_TO.clone()
+    x = add_linear(x_TI, down_OI, bias_O, residual, norm_O, 1e-5, tiles, arrived)
+    exact = ops.add_linear(x_TI, down_OI, bias_O, residual_TO, norm_O, 1e-5)
+    torch.testing.assert_close(residual, residual_TO, rtol=1e-5, atol=1e-4)
+    out_TO = linear(x, next_OI, None, tiles, arrived)
+    torch.testing.assert_close(out_TO, ops.linear(exact, next_OI, None), rtol=1e-4, atol=1e-3)
+    out_TF = gated_linear(x, next_OI, None, tiles)
+    torch.testing.assert_close(out_TF, ops.gated_linear(exact, next_OI, None), rtol=1e-4, atol=1e-3)
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -80,7 +80,7 @@ def test_a_folder_that_can_not_be_written_does_no_harm(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("weight", "tokens"), [(WEIGHT.float(), 8), (WEIGHT, 129), (WEIGHT[:, :100], 8), (WEIGHT.T, 8)]
+    ("weight", "tokens"), [(WEIGHT.float(), 8), (WEIGHT, 513), (WEIGHT[:, :100], 8), (WEIGHT.T, 8)]
 )
 def test_what_the_kernels_can_not_multiply_is_left_to_torch(weight: torch.Tensor, tokens: int):
     choices, clock = LinearChoices(None), Clock(1)

@@ -42,8 +42,8 @@ TYPES = {
     **dict.fromkeys(("partial_UGD", "partial_lse_UG", "rope_PD"), "*fp32"),
     **dict.fromkeys(("table_stride", "q_stride", "entries", "wanted", "min_span", "num_decodes"), "i32"),
     **dict.fromkeys(("eps", "scale_log2"), "fp32"),
-    **dict.fromkeys(("tokens", "inputs", "outputs", "half"), "i32"),
-    **dict.fromkeys(("partial",), "*fp32"),
+    **dict.fromkeys(("tokens", "inputs", "outputs", "half", "parts"), "i32"),
+    **dict.fromkeys(("partial", "squares_PT", "new_squares_PT"), "*fp32"),
     **dict.fromkeys(("arrived",), "*i32"),
 }
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
@@ -120,11 +120,14 @@ def linear(tiles: LinearTiles, tokens: int, gated: bool) -> Case:
         "OUT_TILE": tiles.out_tile,
         "IN_TILE": tiles.in_tile,
         "BIAS": True,
+        "NORMED": True,
         "PREFETCH": 512,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return (
-        (gated_kernel, constants, options) if gated else (linear_kernel, {**constants, "SPLIT": tiles.split}, options)
+        (gated_kernel, constants, options)
+        if gated
+        else (linear_kernel, {**constants, "SPLIT": tiles.split, "ADD": True, "NORM": True}, options)
     )
 
 

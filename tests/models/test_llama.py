@@ -14,6 +14,7 @@ from gapless.attention.base import LayerKV
 from gapless.attention.scenario import batch_of, shuffled_block_table
 from gapless.config import ModelConfig
 from gapless.errors import CorruptModelError, UnsupportedModelError
+from gapless.kernels.normed import Normed
 from gapless.models.base import Model
 from gapless.models.layers import Linear, TorchOps
 from gapless.models.llama import LlamaModel
@@ -183,9 +184,7 @@ def test_packing_a_linear_map_does_not_change_it(dtype: torch.dtype, bias: bool)
     packed, ops = plain.pack(), TorchOps()
     for tokens in (1, 7, 300):
         x_TI = torch.randn(tokens, 20, generator=generator).to(dtype)
-        torch.testing.assert_close(
-            ops.linear(x_TI, packed.weight_OI, packed.bias_O), ops.linear(x_TI, plain.weight_OI, plain.bias_O)
-        )
+        torch.testing.assert_close(ops.linear(Normed(x_TI), *packed.weights), ops.linear(Normed(x_TI), *plain.weights))
 
 
 def test_the_registry_builds_every_supported_architecture(pair: Pair):

@@ -7,7 +7,10 @@ are its columns. The inputs of a map may be split among programs; the last to ar
 so equal inputs give equal bits. Before a program waits for the kernel before it, it asks for the first of its weights
 to be brought into L2: what that kernel's end leaves idle is spent on reading.
 
-T tokens, I inputs, O outputs, F half of O.
+RMSNorm has no kernel of its own between two maps: the first adds to the residual, multiplies it by the norm's weights
+and leaves sums of squares behind; the second multiplies its product by what follows from them.
+
+T tokens, I inputs, O outputs, F half of O, P parts of a sum of squares.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gapless.kernels.dependent import dependent_launch
+from gapless.kernels.normed import Normed
 
-MOST_TOKENS = 128
+LARGEST_TILE = 128  # tokens of a program
+MOST_TOKENS = 512
 MOST_TILES = 65536
 SHARED_BYTES = 225 * 1024  # of a program, on sm_90
-PREFETCH_STEP = 512  # bytes of a row
+PREFETCH_BYTES = 512  # of a row
 _ITEM = 2  # bytes of bfloat16 and float16
 
 
@@ -46,7 +51,26 @@ def prefetch_rows(row_at_O: tl.tensor, BYTES: tl.constexpr) -> None:
         )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def inverse_rms(
+    squares_PT: tl.tensor,
+    parts: tl.tensor,
+    stride: tl.tensor,
+    token_T: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    TOKENS_TILE: tl.constexpr,
+) -> tl.tensor:
+    """Each token's factor, from sums of squares over parts of its `width` numbers; taken in their order."""
+    part_P = tl.arange(0, 16)
+    sum_T = tl.zeros((TOKENS_TILE,), tl.float32)
+    for start in range(0, parts, 16):
+        at_PT = squares_PT + (start + part_P)[:, None] * stride + token_T[None, :]
+        sum_T += tl.sum(tl.load(at_PT, mask=(start + part_P < parts)[:, None], other=0.0), axis=0)
+    return tl.rsqrt(sum_T / width + eps)
+
+
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def linear_kernel(
     x_TI: tl.tensor,
     weight_OI: tl.tensor,
@@ -55,19 +79,30 @@ def linear_kernel(
     out_TO: tl.tensor,
     partial: tl.tensor,
     arrived: tl.tensor,
+    squares_PT: tl.tensor,
+    residual_TO: tl.tensor,
+    norm_O: tl.tensor,
+    new_squares_PT: tl.tensor,
     tokens: tl.tensor,
     inputs: tl.tensor,
     outputs: tl.tensor,
+    parts: tl.tensor,
+    eps: tl.tensor,
     TOKENS_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
+    """out = x W^T + b, or with ADD residual += x W^T + b and with NORM also out = residual * norm and its squares."""
+    first_token = tl.program_id(0) * TOKENS_TILE
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
     share = tl.cdiv(tl.cdiv(inputs, IN_TILE), SPLIT) * IN_TILE
     begin = split * share
     first = tile * OUT_TILE
@@ -80,51 +115,72 @@ def linear_kernel(
     sum_OT = tl.zeros((OUT_TILE, TOKENS_TILE), tl.float32)
     for start in tl.range(begin, tl.minimum(begin + share, inputs), IN_TILE):
         w_OI = weight_OI.load([first, start])
-        x_IT = x_TI.load([0, start]).T
+        x_IT = x_TI.load([first_token, start]).T
         sum_OT = tl.dot(w_OI, x_IT, sum_OT, input_precision="ieee")
 
-    token_T = tl.arange(0, TOKENS_TILE)
     last = True
     if SPLIT > 1:
         PART: tl.constexpr = OUT_TILE * TOKENS_TILE
-        parts_at = partial + tile.to(tl.int64) * (SPLIT * PART)
-        parts_at += tl.arange(0, OUT_TILE)[:, None] * TOKENS_TILE + token_T[None, :]
+        place = tile * tl.num_programs(0) + tl.program_id(0)
+        parts_at = partial + place.to(tl.int64) * (SPLIT * PART)
+        parts_at += tl.arange(0, OUT_TILE)[:, None] * TOKENS_TILE + tl.arange(0, TOKENS_TILE)[None, :]
         tl.store(parts_at + split * PART, sum_OT)
         tl.debug_barrier()  # every thread has stored before one of them says so
-        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        last = tl.atomic_add(arrived + place, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
         if last:
-            tl.store(arrived + tile, 0)
+            tl.store(arrived + place, 0)
             sum_OT = tl.zeros((OUT_TILE, TOKENS_TILE), tl.float32)
             for part in tl.static_range(SPLIT):
                 sum_OT += tl.load(parts_at + part * PART, cache_modifier=".cg")  # past L1: others wrote these
     if last:
+        token_T = first_token + tl.arange(0, TOKENS_TILE)
+        stride = tl.num_programs(0) * TOKENS_TILE
+        inside = (token_T < tokens)[None, :] & (out_O < outputs)[:, None]
+        at = token_T.to(tl.int64)[None, :] * outputs + out_O[:, None]
+        dtype: tl.constexpr = residual_TO.dtype.element_ty
+        if NORMED:
+            sum_OT *= inverse_rms(squares_PT, parts, stride, token_T, inputs, eps, TOKENS_TILE)[None, :]
         if BIAS:
             sum_OT += tl.load(bias_O + out_O, mask=out_O < outputs, other=0.0).to(tl.float32)[:, None]
-        out_at = out_TO + token_T.to(tl.int64)[None, :] * outputs + out_O[:, None]
-        inside = (token_T < tokens)[None, :] & (out_O < outputs)[:, None]
-        tl.store(out_at, sum_OT.to(out_TO.dtype.element_ty), mask=inside)
+        if ADD:
+            update_OT = sum_OT.to(dtype).to(tl.float32)  # rounded as if the product had been stored
+            residual_OT = tl.load(residual_TO + at, mask=inside, other=0.0).to(tl.float32)
+            residual_OT = (residual_OT + update_OT).to(dtype)
+            tl.store(residual_TO + at, residual_OT, mask=inside)
+            if NORM:
+                residual_OT = tl.where(inside, residual_OT.to(tl.float32), 0.0)
+                tl.store(new_squares_PT + tile * stride + token_T, tl.sum(residual_OT * residual_OT, axis=0))
+                norm = tl.load(norm_O + out_O, mask=out_O < outputs, other=0.0).to(tl.float32)
+                tl.store(out_TO + at, (residual_OT * norm[:, None]).to(dtype), mask=inside)
+        else:
+            tl.store(out_TO + at, sum_OT.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def gated_kernel(
     x_TI: tl.tensor,
     weight_OI: tl.tensor,
     weight_at: tl.tensor,
     bias_O: tl.tensor,
     out_TF: tl.tensor,
+    squares_PT: tl.tensor,
     tokens: tl.tensor,
     inputs: tl.tensor,
     half: tl.tensor,
+    parts: tl.tensor,
+    eps: tl.tensor,
     TOKENS_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
     """silu(the first half of the outputs) * the second half. OUT_TILE counts both."""
     HALF_TILE: tl.constexpr = OUT_TILE // 2
-    first = tl.program_id(0) * HALF_TILE
+    first_token = tl.program_id(0) * TOKENS_TILE
+    first = tl.program_id(1) * HALF_TILE
     out_F = first + tl.arange(0, HALF_TILE)
     if DEPENDENT:
         cuda.gdc_launch_dependents()
@@ -138,9 +194,15 @@ def gated_kernel(
     for start in tl.range(0, inputs, IN_TILE):
         gate_FI = weight_OI.load([first, start])
         up_FI = weight_OI.load([half + first, start])
-        x_IT = x_TI.load([0, start]).T
+        x_IT = x_TI.load([first_token, start]).T
         gate_FT = tl.dot(gate_FI, x_IT, gate_FT, input_precision="ieee")
         up_FT = tl.dot(up_FI, x_IT, up_FT, input_precision="ieee")
+    token_T = first_token + tl.arange(0, TOKENS_TILE)
+    if NORMED:
+        stride = tl.num_programs(0) * TOKENS_TILE
+        inverse_T = inverse_rms(squares_PT, parts, stride, token_T, inputs, eps, TOKENS_TILE)
+        gate_FT *= inverse_T[None, :]
+        up_FT *= inverse_T[None, :]
     if BIAS:
         gate_FT += tl.load(bias_O + out_F, mask=out_F < half, other=0.0).to(tl.float32)[:, None]
         up_FT += tl.load(bias_O + half + out_F, mask=out_F < half, other=0.0).to(tl.float32)[:, None]
@@ -148,7 +210,6 @@ def gated_kernel(
     gate_FT = gate_FT.to(dtype).to(tl.float32)  # rounded as if the product had been stored
     up_FT = up_FT.to(dtype).to(tl.float32)
     result_FT = gate_FT / (1.0 + tl.exp(-gate_FT)) * up_FT
-    token_T = tl.arange(0, TOKENS_TILE)
     inside = (token_T < tokens)[None, :] & (out_F < half)[:, None]
     tl.store(out_TF + token_T.to(tl.int64)[None, :] * half + out_F[:, None], result_FT.to(dtype), mask=inside)
 
@@ -187,8 +248,8 @@ ALL_CANDIDATES = {*CANDIDATES, *GATED_CANDIDATES}
 
 
 def tokens_tile(tokens: int) -> int:
-    """Columns of the product: a power of two."""
-    return max(16, triton.next_power_of_2(tokens))
+    """Columns of a program's product: a power of two."""
+    return min(LARGEST_TILE, max(16, triton.next_power_of_2(tokens)))
 
 
 def runs(weight_OI: Tensor, tokens: int) -> bool:
@@ -197,22 +258,20 @@ def runs(weight_OI: Tensor, tokens: int) -> bool:
     return fits and weight_OI.shape[1] % 8 == 0  # rows that bulk copies can begin at
 
 
-def _arguments(x_TI: Tensor, weight_OI: Tensor, rows: int, tiles: LinearTiles) -> tuple[Any, Any, Tensor]:
-    width = x_TI.shape[1]
-    x_tiles = TensorDescriptor(x_TI, list(x_TI.shape), [width, 1], [tokens_tile(len(x_TI)), tiles.in_tile])
-    weight_tiles = TensorDescriptor(weight_OI, list(weight_OI.shape), [width, 1], [rows, tiles.in_tile])
-    return x_tiles, weight_tiles, weight_OI
+def candidates(*, gated: bool, tokens: int) -> Sequence[LinearTiles]:
+    """What is worth trying."""
+    return [tiles for tiles in (GATED_CANDIDATES if gated else CANDIDATES) if tiles.fits(tokens)]
 
 
-def _options(tokens: int, inputs: int, tiles: LinearTiles, bias: bool) -> dict[str, Any]:
+def _options(x_TI: Tensor, tiles: LinearTiles) -> dict[str, Any]:
+    tokens, inputs = x_TI.shape
     share = triton.cdiv(triton.cdiv(inputs, tiles.in_tile), tiles.split) * tiles.in_tile
-    in_rows = (tiles.split - 1) * share * _ITEM + PREFETCH_STEP <= inputs * _ITEM
+    in_rows = (tiles.split - 1) * share * _ITEM + PREFETCH_BYTES <= inputs * _ITEM
     return {
         "TOKENS_TILE": tokens_tile(tokens),
         "OUT_TILE": tiles.out_tile,
         "IN_TILE": tiles.in_tile,
-        "BIAS": bias,
-        "PREFETCH": PREFETCH_STEP if in_rows else 0,
+        "PREFETCH": PREFETCH_BYTES if in_rows else 0,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         "enable_fp_fusion": True,
@@ -220,49 +279,103 @@ def _options(tokens: int, inputs: int, tiles: LinearTiles, bias: bool) -> dict[s
     }
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles, arrived: Tensor) -> Tensor:
-    """x W^T + b: [T, I] -> [T, O]. Contiguous bfloat16 or float16, summed in float32; see `runs`.
+def _in_tiles(tensor: Tensor, rows: int, tiles: LinearTiles) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], [rows, tiles.in_tile])
 
-    arrived: int32 zeros, MOST_TILES at most; zeros again when the work is done. Not for streams that run side by side.
-    """
-    tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
-    out_TO = torch.empty((tokens, outputs), dtype=x_TI.dtype, device=x_TI.device)
-    num_tiles = triton.cdiv(outputs, tiles.out_tile)
-    split = tiles.split if num_tiles <= len(arrived) else 1
-    size = num_tiles * split * tiles.out_tile * tokens_tile(tokens) if split > 1 else 0
+
+def _launch(
+    x: Normed,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    tiles: LinearTiles,
+    arrived: Tensor,
+    out_TO: Tensor,
+    residual_TO: Tensor | None,
+    norm_O: Tensor | None,
+) -> Tensor | None:
+    """Returns the squares of the residual where it is to be normed."""
+    x_TI, (outputs, inputs) = x.x_TH, weight_OI.shape
+    tile = tokens_tile(len(x_TI))
+    grid = (triton.cdiv(len(x_TI), tile), triton.cdiv(outputs, tiles.out_tile))
+    split = tiles.split if grid[0] * grid[1] <= len(arrived) else 1
+    size = grid[0] * grid[1] * split * tiles.out_tile * tile if split > 1 else 0
     partial = torch.empty(size, dtype=torch.float32, device=x_TI.device)
-    linear_kernel[(num_tiles, split)](
-        *_arguments(x_TI, weight_OI, tiles.out_tile, tiles),
+    squares = None
+    if norm_O is not None:
+        squares = torch.empty((grid[1], grid[0] * tile), dtype=torch.float32, device=x_TI.device)
+    linear_kernel[*grid, split](
+        _in_tiles(x_TI, tile, tiles),
+        _in_tiles(weight_OI, tiles.out_tile, tiles),
+        weight_OI,
         weight_OI if bias_O is None else bias_O,
         out_TO,
         partial if size else arrived,
         arrived,
-        tokens,
+        arrived if x.squares is None else x.squares,
+        out_TO if residual_TO is None else residual_TO,
+        weight_OI if norm_O is None else norm_O,
+        arrived if squares is None else squares,
+        len(x_TI),
         inputs,
         outputs,
+        0 if x.squares is None else len(x.squares),
+        x.eps,
         SPLIT=split,
-        **_options(tokens, inputs, tiles, bias_O is not None),
+        BIAS=bias_O is not None,
+        NORMED=x.squares is not None,
+        ADD=residual_TO is not None,
+        NORM=norm_O is not None,
+        **_options(x_TI, tiles),
     )
+    return squares
+
+
+def linear(x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles, arrived: Tensor) -> Tensor:
+    """x W^T + b: [T, I] -> [T, O]. Contiguous bfloat16 or float16, summed in float32; see `runs`.
+
+    arrived  int32 zeros, at least one; with one for each tile of outputs and tokens the inputs are split. Zeros again
+             when the work is done. Not for streams that run side by side.
+    """
+    out_TO = torch.empty((len(x.x_TH), weight_OI.shape[0]), dtype=x.x_TH.dtype, device=x.x_TH.device)
+    _launch(x, weight_OI, bias_O, tiles, arrived, out_TO, None, None)
     return out_TO
 
 
-def gated_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles) -> Tensor:
+def add_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor,
+    norm_O: Tensor,
+    eps: float,
+    tiles: LinearTiles,
+    arrived: Tensor,
+) -> Normed:
+    """Add x W^T + b to the residual in place, and return the sum on its way to RMSNorm."""
+    out_TO = torch.empty_like(residual_TO)
+    squares = _launch(Normed(x_TI), weight_OI, bias_O, tiles, arrived, out_TO, residual_TO, norm_O)
+    return Normed(out_TO, squares, eps)
+
+
+def gated_linear(x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles) -> Tensor:
     """silu(gate) * up, [T, I] -> [T, O / 2], of one product whose first half of outputs is gate and second half up."""
-    tokens, (outputs, inputs) = len(x_TI), weight_OI.shape
-    half = outputs // 2
-    out_TF = torch.empty((tokens, half), dtype=x_TI.dtype, device=x_TI.device)
-    gated_kernel[(triton.cdiv(half, tiles.out_tile // 2),)](
-        *_arguments(x_TI, weight_OI, tiles.out_tile // 2, tiles),
+    x_TI, inputs, half = x.x_TH, weight_OI.shape[1], weight_OI.shape[0] // 2
+    out_TF = torch.empty((len(x_TI), half), dtype=x_TI.dtype, device=x_TI.device)
+    rows, tile = tiles.out_tile // 2, tokens_tile(len(x_TI))
+    gated_kernel[triton.cdiv(len(x_TI), tile), triton.cdiv(half, rows)](
+        _in_tiles(x_TI, tile, tiles),
+        _in_tiles(weight_OI, rows, tiles),
+        weight_OI,
         weight_OI if bias_O is None else bias_O,
         out_TF,
-        tokens,
+        x_TI if x.squares is None else x.squares,
+        len(x_TI),
         inputs,
         half,
-        **_options(tokens, inputs, tiles, bias_O is not None),
+        0 if x.squares is None else len(x.squares),
+        x.eps,
+        BIAS=bias_O is not None,
+        NORMED=x.squares is not None,
+        **_options(x_TI, tiles),
     )
     return out_TF
-
-
-def candidates(*, gated: bool, tokens: int) -> Sequence[LinearTiles]:
-    """What is worth trying."""
-    return [tiles for tiles in (GATED_CANDIDATES if gated else CANDIDATES) if tiles.fits(tokens)]

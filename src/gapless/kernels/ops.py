@@ -11,7 +11,8 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.kernels.choice import Kind, LinearChoices, Seconds, multiply
 from gapless.kernels.dependent import is_hopper
-from gapless.kernels.linear import MOST_TILES
+from gapless.kernels.linear import MOST_TILES, add_linear
+from gapless.kernels.normed import Normed
 from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.rope_append import rope_append
 
@@ -25,34 +26,56 @@ class TritonOps:
     def __init__(self, choices: Path | None = None) -> None:
         self._choices = LinearChoices(choices)
         self._arrived: Tensor | None = None
+        self._fused: set[int] = set()  # tokens at which all maps of a layer are ours, so that none needs a norm before
 
-    def add_rms_norm(self, update_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return add_rms_norm(update_TH, residual_TH, weight_H, eps)
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
+        return Normed(add_rms_norm(None, x_TH, weight_H, eps))
 
     def rope_append(
         self, qkv_TM: Tensor, qk_norm_2D: Tensor | None, eps: float, rope_PD: Tensor, kv: LayerKV, batch: AttentionBatch
     ) -> Tensor:
         return rope_append(qkv_TM, qk_norm_2D, eps, rope_PD, kv, batch)
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return self._multiply(x_TI, weight_OI, bias_O, gated=False)
+    def linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return self._multiply(x, weight_OI, bias_O, gated=False)
 
-    def gated_linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return self._multiply(x_TI, weight_OI, bias_O, gated=True)
+    def gated_linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return self._multiply(x, weight_OI, bias_O, gated=True)
+
+    def add_linear(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_TO: Tensor, norm_O: Tensor, eps: float
+    ) -> Normed:
+        if len(x_TI) in self._fused and self._arrived is not None:
+            tiles = self._choices.get(weight_OI, len(x_TI), gated=False)
+            assert tiles is not None
+            return add_linear(x_TI, weight_OI, bias_O, residual_TO, norm_O, eps, tiles, self._arrived)
+        update_TO = self._multiply(Normed(x_TI), weight_OI, bias_O, gated=False)
+        return Normed(add_rms_norm(update_TO, residual_TO, norm_O, eps))
 
     def prepare(
-        self, linear: Sequence[Tensor], gated: Sequence[Tensor], sizes: Sequence[int], seconds_of: Seconds
+        self,
+        head_OI: Tensor,
+        linear: Sequence[Tensor],
+        gated: Sequence[Tensor],
+        sizes: Sequence[int],
+        seconds_of: Seconds,
     ) -> None:
-        if not is_hopper() or not linear:
+        if not is_hopper():
             return
         kinds: dict[Kind, list[Tensor]] = {}
-        for weights, is_gated in ((linear, False), (gated, True)):
+        for weights, is_gated in (([head_OI, *linear], False), (gated, True)):
             for weight_OI in weights:
                 kinds.setdefault(Kind.of(weight_OI, gated=is_gated), []).append(weight_OI)
-        self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=linear[0].device)
+        self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=head_OI.device)
         self._choices.prepare(kinds, sizes, self._arrived, seconds_of)
+        in_layers = {(weight_OI, is_gated) for part, is_gated in ((linear, False), (gated, True)) for weight_OI in part}
+        wide = head_OI.dtype == torch.bfloat16  # a residual times its norm's weights may be too large for float16
+        self._fused = {
+            size
+            for size in sizes
+            if wide and all(self._choices.get(weight_OI, size, gated=is_gated) for weight_OI, is_gated in in_layers)
+        }
 
-    def _multiply(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gated: bool) -> Tensor:
-        tiles = self._choices.get(weight_OI, len(x_TI), gated=gated) if self._arrived is not None else None
-        arrived = x_TI if self._arrived is None else self._arrived
-        return multiply(x_TI, weight_OI, bias_O, tiles, arrived, gated=gated)
+    def _multiply(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None, *, gated: bool) -> Tensor:
+        tiles = None if self._arrived is None else self._choices.get(weight_OI, len(x.x_TH), gated=gated)
+        return multiply(x, weight_OI, bias_O, tiles, x.x_TH if self._arrived is None else self._arrived, gated=gated)

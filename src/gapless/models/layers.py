@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gapless.attention.base import AttentionBatch, LayerKV, cache_lines, write_lines
+from gapless.kernels.normed import Normed
 from gapless.models.rope import rotate
 
 PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; other sizes run about as fast
@@ -27,6 +28,10 @@ class Linear:
 
     weight_OI: Tensor
     bias_O: Tensor | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight_OI, self.bias_O
 
     def pack(self) -> Linear:
         """On the CPU, the same map in oneDNN's own layout (1.4 to 3 times as fast at decode sizes); else itself."""
@@ -45,8 +50,8 @@ def _packs(dtype: torch.dtype) -> bool:
 class LayerOps(Protocol):
     """What sits between the matrix products of a layer. No method synchronises; all may be captured in a graph."""
 
-    def add_rms_norm(self, update_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """Add the update, if any, to the residual in place, and return the normed sum in the residual's dtype."""
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
+        """RMSNorm with these weights."""
         ...
 
     def rope_append(
@@ -56,22 +61,29 @@ class LayerOps(Protocol):
         write k and v to the cache. Returns q, contiguous [T, N, D]."""
         ...
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + b: [T, I] -> [T, O]."""
         ...
 
-    def gated_linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def gated_linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """silu(first half) * second half of x W^T + b: [T, I] -> [T, O / 2]."""
+        ...
+
+    def add_linear(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_TO: Tensor, norm_O: Tensor, eps: float
+    ) -> Normed:
+        """Add x W^T + b to the residual in place, and return the RMSNorm of the sum."""
         ...
 
     def prepare(
         self,
+        head_OI: Tensor,
         linear: Sequence[Tensor],
         gated: Sequence[Tensor],
         sizes: Sequence[int],
         seconds_of: Callable[[Callable[[], object]], float],
     ) -> None:
-        """Choose kernels for these weights of linear and of gated maps, and for steps of each of these many tokens.
+        """Choose kernels for the maps of the head and of all layers, and for steps of each of these many tokens.
 
         seconds_of  times work as a captured graph. Start-up only.
         """
@@ -93,10 +105,8 @@ class TorchOps:
     def __init__(self) -> None:
         self._constants: _StepConstants | None = None
 
-    def add_rms_norm(self, update_TH: Tensor | None, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        if update_TH is not None:
-            residual_TH.add_(update_TH)
-        return _rms_norm(residual_TH, weight_H, eps)
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
+        return Normed(_rms_norm(x_TH, weight_H, eps))
 
     def rope_append(
         self, qkv_TM: Tensor, qk_norm_2D: Tensor | None, eps: float, rope_PD: Tensor, kv: LayerKV, batch: AttentionBatch
@@ -122,17 +132,24 @@ class TorchOps:
             self._constants = _StepConstants(batch, rope_PD.index_select(0, batch.positions_T), cache_lines(kv, batch))
         return self._constants
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         if weight_OI.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
-        return functional.linear(x_TI, weight_OI, bias_O)
+            return torch.ops.mkldnn._linear_pointwise(x.x_TH, weight_OI, bias_O, "none", [], "")
+        return functional.linear(x.x_TH, weight_OI, bias_O)
 
-    def gated_linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        gate_TF, up_TF = self.linear(x_TI, weight_OI, bias_O).chunk(2, dim=-1)
+    def gated_linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        gate_TF, up_TF = self.linear(x, weight_OI, bias_O).chunk(2, dim=-1)
         return functional.silu(gate_TF).mul_(up_TF)
+
+    def add_linear(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_TO: Tensor, norm_O: Tensor, eps: float
+    ) -> Normed:
+        residual_TO.add_(self.linear(Normed(x_TI), weight_OI, bias_O))
+        return self.rms_norm(residual_TO, norm_O, eps)
 
     def prepare(
         self,
+        head_OI: Tensor,
         linear: Sequence[Tensor],
         gated: Sequence[Tensor],
         sizes: Sequence[int],

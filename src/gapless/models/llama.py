@@ -16,6 +16,7 @@ from torch.nn import functional
 from gapless.attention.base import AttentionBackend, AttentionBatch, KVSpec, LayerKV
 from gapless.config import ModelConfig
 from gapless.errors import CorruptModelError
+from gapless.kernels.normed import Normed
 from gapless.models.layers import LayerOps, Linear, make_ops
 from gapless.models.rope import rope_table
 
@@ -99,34 +100,30 @@ class LlamaModel:
         return cls(config, weights, attention=attention, ops=ops or make_ops(device), max_position=max_position)
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        layers, ops = self.weights.layers, self._ops
         residual_TH = functional.embedding(tokens_T, self.weights.embed_VH)
-        update_TH: Tensor | None = None
-        for layer, layer_kv in zip(self.weights.layers, kv, strict=True):
-            x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.input_norm_H, self._eps)
-            update_TH = self._attend(layer, x_TH, layer_kv, batch)
-            x_TH = self._ops.add_rms_norm(update_TH, residual_TH, layer.post_norm_H, self._eps)
-            gate_up = layer.gate_up
-            update_TH = self._linear(self._ops.gated_linear(x_TH, gate_up.weight_OI, gate_up.bias_O), layer.down)
-        return residual_TH if update_TH is None else residual_TH + update_TH
-
-    def _attend(self, layer: LlamaLayer, x_TH: Tensor, kv: LayerKV, batch: AttentionBatch) -> Tensor:
-        qkv_TM = self._linear(x_TH, layer.qkv)
-        q_TND = self._ops.rope_append(qkv_TM, layer.qk_norm_2D, self._eps, self._rope_PD, kv, batch)
-        return self._linear(self._attention.attend(q_TND, kv, batch, self._scale).flatten(1), layer.output)
+        x = ops.rms_norm(residual_TH, layers[0].input_norm_H, self._eps)
+        for layer, following, layer_kv in zip(layers, [*layers[1:], None], kv, strict=True):
+            qkv_TM = ops.linear(x, *layer.qkv.weights)
+            q_TND = ops.rope_append(qkv_TM, layer.qk_norm_2D, self._eps, self._rope_PD, layer_kv, batch)
+            seen_TI = self._attention.attend(q_TND, layer_kv, batch, self._scale).flatten(1)
+            x = ops.add_linear(seen_TI, *layer.output.weights, residual_TH, layer.post_norm_H, self._eps)
+            gated_TF = ops.gated_linear(x, *layer.gate_up.weights)
+            if following is None:
+                return residual_TH + ops.linear(Normed(gated_TF), *layer.down.weights)
+            x = ops.add_linear(gated_TF, *layer.down.weights, residual_TH, following.input_norm_H, self._eps)
+        return residual_TH
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
-        x_EH = self._ops.add_rms_norm(None, hidden_EH, self.weights.norm_H, self._eps)
-        return self._linear(x_EH, self.weights.head)
+        x = self._ops.rms_norm(hidden_EH, self.weights.norm_H, self._eps)
+        return self._ops.linear(x, *self.weights.head.weights)
 
     def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
-        linear = [self.weights.head.weight_OI]
+        linear: list[Tensor] = []
         for layer in self.weights.layers:
             linear += [layer.qkv.weight_OI, layer.output.weight_OI, layer.down.weight_OI]
         gated = [layer.gate_up.weight_OI for layer in self.weights.layers]
-        self._ops.prepare(linear, gated, batch_sizes, seconds_of)
-
-    def _linear(self, x_TI: Tensor, linear: Linear) -> Tensor:
-        return self._ops.linear(x_TI, linear.weight_OI, linear.bias_O)
+        self._ops.prepare(self.weights.head.weight_OI, linear, gated, batch_sizes, seconds_of)
 
 
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
