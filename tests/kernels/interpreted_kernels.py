@@ -19,6 +19,12 @@ from gapless.attention.base import LayerKV
 from gapless.attention.scenario import make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
+from gapless.device.cpu import CpuDevice
+from gapless.engine.layout import StepInputs, StepShape, sections_of
+from gapless.engine.runner import Runner
+from gapless.engine.slots import Slot
+from gapless.engine.tables import DeviceTables
+from gapless.engine.triton_runner import TritonRunner
 from gapless.kernels import paged_decode
 from gapless.kernels.linear import LinearTiles, add_linear, gated_linear, linear
 from gapless.kernels.normed import Normed
@@ -224,6 +230,32 @@ def test_a_norm_between_two_maps_equals_torch(sizes: tuple[int, int, int], tiles
     out_TF = gated_linear(x, next_OI, None, tiles)
     torch.testing.assert_close(out_TF, ops.gated_linear(exact, next_OI, None), rtol=1e-4, atol=1e-3)
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("sizes", [(5, 0, 0, 5), (300, 7, 3, 4), (1, 1, 0, 0), (3, 400, 300, 2)])
+def test_both_ends_of_a_step_equal_the_plain_runner(sizes: tuple[int, int, int, int]):
+    tokens, updates, admitted, samples = sizes
+    shape = StepShape(tokens, samples, samples, updates, admitted)
+    generator = torch.Generator().manual_seed(tokens)
+    rows, columns = 1000, 50
+    packed = torch.randint(1, rows, (sections_of(shape).total,), generator=generator, dtype=torch.int32)
+    inputs = StepInputs.of(packed, shape)
+    inputs.tokens_T[::2] = -1
+    for each in (inputs.block_rows_U, inputs.param_rows_A, inputs.sample_rows_S):
+        each.copy_(torch.randperm(rows, generator=generator)[: len(each)])
+    inputs.block_columns_U.remainder_(columns)
+    results = list[tuple[Tensor, ...]]()
+    for kind in (Runner, TritonRunner):
+        tables = DeviceTables.allocate(rows, columns, torch.device("cpu"))
+        tables.last_token_R.copy_(torch.arange(rows) + 5)
+        runner = object.__new__(kind)  # streams and a model have no part in it
+        runner.tables = tables
+        slot = Slot(0, CpuDevice(), 1, samples)
+        tokens_T = runner.unpack(inputs, shape)
+        runner.store(inputs, slot, torch.arange(samples, dtype=torch.int32) + 7)
+        sampling = tuple(table for _, table in tables.sampling.by_name())
+        results.append((tokens_T, tables.block_table_RC, tables.last_token_R, slot.device_out, *sampling))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("norm", [False, True])

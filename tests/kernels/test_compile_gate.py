@@ -19,6 +19,7 @@ from gapless.kernels.paged_prefill import prefill_kernel, prefill_tiles  # noqa:
 from gapless.kernels.rms_norm import add_rms_norm_kernel  # noqa: E402
 from gapless.kernels.rope_append import rope_append_kernel  # noqa: E402
 from gapless.kernels.silu_mul import silu_mul_kernel  # noqa: E402
+from gapless.kernels.unpack import store_sampled_kernel, unpack_kernel  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,8 @@ TYPES = {
     **dict.fromkeys(("tokens", "inputs", "outputs", "half", "parts"), "i32"),
     **dict.fromkeys(("partial", "squares_PT", "new_squares_PT"), "*fp32"),
     **dict.fromkeys(("arrived",), "*i32"),
+    **dict.fromkeys(("updates", "admitted", "samples"), "i32"),
+    **dict.fromkeys(("temperature_R", "top_p_R", "min_p_R", "temperature_A", "top_p_A", "min_p_A"), "*fp32"),
 }
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
 
@@ -145,6 +148,8 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "prefill-256": lambda amd: prefill(256, 1, 2, amd),
     "rms_norm": rms_norm,
     "silu_mul": silu_mul,
+    "unpack": lambda _: (unpack_kernel, {"BLOCK": 256}, {"num_warps": 4}),
+    "store_sampled": lambda _: (store_sampled_kernel, {"BLOCK": 256}, {"num_warps": 4}),
     "rope_append-128": lambda _: rope_append(128),
     "rope_append-80": lambda _: rope_append(80),
 }
@@ -176,7 +181,8 @@ def check(target: Target, case: Case) -> None:
     if "DEPENDENT" in kernel.arg_names:
         constants = {**constants, "DEPENDENT": hopper}
     names: list[str] = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
+    default = "*i32" if "sampled" in kernel.__name__ or "unpack" in kernel.__name__ else "*bf16"
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, default) for name in names}
     if "weight_at" in names:
         rows = constants["OUT_TILE"] // (1 if kernel is linear_kernel else 2)
         signature["x_TI"] = f"tensordesc<bf16[{constants['TOKENS_TILE']},{constants['IN_TILE']}]>"

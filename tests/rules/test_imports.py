@@ -31,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"errors", "kernels", "attention.base"},
     "attention": {"errors", "config", "attention", "kernels"},
     "models": {"errors", "config", "attention.base", "attention", "models", "kernels"},
-    "sampling": {"errors", "sampling"},
+    "sampling": {"errors", "sampling", "kernels"},
     "weights": {"errors", "config", "weights"},
     "text": {"errors", "text"},
     "engine": ENGINE,
     "outputs": BASICS,
+    "turns": {"errors"},
 }
 ENGINE_LAYERS = [
     "layout",
@@ -45,6 +46,7 @@ ENGINE_LAYERS = [
     "graphs",
     "fill",
     "runner",
+    "triton_runner",
     "loop",
     "admission",
     "core",

@@ -45,6 +45,7 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
         "TILES": triton.next_power_of_2(triton.cdiv(vocab, block)),
         "LARGEST": torch.finfo(DTYPES[dtype]).max,
         "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
+        "DEPENDENT": target == "sm_90",
     }
     types = {"logits_ptr": f"*{dtype}", "logits_stride": "i32", **POINTERS, **dict.fromkeys(constants, "constexpr")}
     names: list[str] = kernel.arg_names

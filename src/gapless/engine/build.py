@@ -79,7 +79,15 @@ def _build_runner(
     tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
     on = config.graphs and device.captures_graphs
     graphs = GraphTable((config.graph_buckets or default_buckets(limits.max_rows)) if on else ())
-    return Runner(model, device, sampler, kv, tables, graphs), slots
+    return _runner_for(device)(model, device, sampler, kv, tables, graphs), slots
+
+
+def _runner_for(device: Device) -> type[Runner]:
+    if device.torch_device.type != "cuda":
+        return Runner
+    from gapless.engine.triton_runner import TritonRunner
+
+    return TritonRunner
 
 
 def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
@@ -168,7 +176,7 @@ def _measure_activation(
     kv = model.kv_spec.allocate(_SMALLEST_CACHE, config.block_size, dtype, device.torch_device)
     tables = DeviceTables.allocate(1, columns, device.torch_device)
     slot = Slot(0, device, packed_capacity(tokens, config.max_rows, 0), config.max_rows)
-    runner = Runner(model, device, sampler, kv, tables, GraphTable(()))
+    runner = _runner_for(device)(model, device, sampler, kv, tables, GraphTable(()))
     fill(plan, np.zeros((1, max_model_len), dtype=np.int32), slot.packed, shape, 0)
     extent = Extent(plan.num_decodes, max(chunks), max(chunks), all_greedy=False)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.device.base import Access, Device, Graph, Note
@@ -122,9 +123,7 @@ class Runner:
     def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
         """The compute stage: table deltas, carry-over, forward, sample. This is what graphs capture."""
         inputs, tables = StepInputs.of(slot.device_in, shape), self.tables
-        self._apply_deltas(inputs, shape)
-        carried_T = tables.last_token_R.index_select(0, inputs.token_rows_T)
-        tokens_T = torch.where(inputs.tokens_T < 0, carried_T, inputs.tokens_T)
+        tokens_T = self.unpack(inputs, shape)
         batch = AttentionBatch(
             rows_E=inputs.rows_E,
             query_start_E1=inputs.query_start_E1,
@@ -147,8 +146,18 @@ class Runner:
             tables.sampling,
             all_greedy=extent.all_greedy,
         )
-        tables.last_token_R.index_copy_(0, inputs.sample_rows_S.long(), sampled_S)
-        slot.device_out[: shape.samples].copy_(sampled_S)
+        self.store(inputs, slot, sampled_S)
+
+    def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
+        """Apply the deltas, and fill in the tokens that were in flight when the step was planned."""
+        self._apply_deltas(inputs, shape)
+        carried_T = self.tables.last_token_R.index_select(0, inputs.token_rows_T)
+        return torch.where(inputs.tokens_T < 0, carried_T, inputs.tokens_T)
+
+    def store(self, inputs: StepInputs, slot: Slot, sampled_S: Tensor) -> None:
+        """Keep the sampled tokens for the next step and for the host."""
+        self.tables.last_token_R.index_copy_(0, inputs.sample_rows_S.long(), sampled_S)
+        slot.device_out[: len(sampled_S)].copy_(sampled_S)
 
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         """Bring the tables up to date, ordered on the compute stream after every step that reads the old state."""

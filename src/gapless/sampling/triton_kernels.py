@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gapless.kernels.dependent import follow
 from gapless.sampling import base, rng
 
 MASS_SCALE = tl.constexpr(2.0**base.MASS_BITS)
@@ -228,8 +229,10 @@ def extremes_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     LARGEST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Largest logit of a tile, the first index that has it, and the smallest logit above -inf."""
+    follow(DEPENDENT)
     entry = tl.program_id(0)
     tile = tl.program_id(1)
     x = load_tile(logits_ptr + entry.to(tl.int64) * logits_stride, tile, VOCAB, BLOCK, LARGEST)
@@ -255,8 +258,10 @@ def mass_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     LARGEST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Mass of a tile of a random row without top_k: all of it where top_p follows, else what min_p keeps."""
+    follow(DEPENDENT)
     entry = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
@@ -293,8 +298,10 @@ def choose_kernel(
     TILES: tl.constexpr,
     LARGEST: tl.constexpr,
     LOW_ZERO_BITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The token: the argmax, or the inverse CDF in vocabulary order: find the tile, then scan it."""
+    follow(DEPENDENT)
     entry = tl.program_id(0)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride

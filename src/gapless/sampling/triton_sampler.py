@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gapless.kernels.dependent import dependent_launch
 from gapless.sampling import triton_kernels
 from gapless.sampling.base import SamplingTables, check_logits
 
@@ -64,6 +65,7 @@ class TritonSampler:
         buffer_EB = torch.empty(entries, block, dtype=torch.float32, device=device)
         logits = (logits_EV, logits_EV.stride(0))
         shape = {"VOCAB": vocab, "BLOCK": block, "TILES": padded_tiles, "LARGEST": torch.finfo(logits_EV.dtype).max}
+        shape.update(dependent_launch())
         tile_options = {"num_warps": self.tile_warps, "enable_fp_fusion": False}
         choose_options = {"num_warps": self.choose_warps, "enable_fp_fusion": False}
         filters = (tables.temperature_R, tables.top_k_R, tables.top_p_R, tables.min_p_R)
