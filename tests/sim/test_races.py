@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from gapless.device.base import Access, Note
 from gapless.device.sim import Race, RandomOrder, SimDevice
@@ -27,9 +29,9 @@ class Bench:
     table: torch.Tensor
     pinned: torch.Tensor
 
-    def work(self, stream: SimStream, step: int, *, write: bool, rows: Sequence[int] = (0,)) -> None:
-        """Queue something that uses rows of the table."""
-        access = Access("table", self.table, np.asarray(rows), write)
+    def work(self, stream: SimStream, step: int, *, write: bool, rows: Sequence[int] | None = (0,)) -> None:
+        """Queue something that uses rows of the table, or all of it as a whole."""
+        access = Access("table", self.table, None if rows is None else np.asarray(rows), write)
         stream.enqueue(lambda: None, Note("work", step, "", lambda: [access]))
 
     def copy(self, stream: SimStream, step: int) -> None:
@@ -131,21 +133,118 @@ def test_a_write_after_a_read_that_was_not_waited_for_is_a_race():
         assert [each.unit for each in found] == [2]
 
 
-def test_rewriting_pinned_memory_that_a_queued_copy_reads_names_the_event_to_wait_for():
+@pytest.mark.parametrize(("first", "second"), [(None, (2,)), ((2,), None)])
+@pytest.mark.parametrize(("first_writes", "second_writes"), [(True, True), (True, False), (False, True)])
+def test_a_use_of_the_whole_races_with_a_use_of_one_row(
+    first: Sequence[int] | None, second: Sequence[int] | None, first_writes: bool, second_writes: bool
+):
+    def use(b: Bench) -> None:
+        b.work(b.first, 0, write=first_writes, rows=first)
+        b.work(b.second, 0, write=second_writes, rows=second)
+
+    for [race] in races(use):
+        assert race.unit in (-1, 2)
+        assert (race.first.write, race.second.write) != (False, False)
+
+
+def test_uses_of_the_whole_and_of_rows_that_an_event_orders_do_not_race():
+    def use(b: Bench) -> None:
+        for step, (rows, then) in enumerate([(None, (1,)), ((2,), None), (None, None), ((3,), (3,))]):
+            ready, done = b.device.event("ready"), b.device.event("done")
+            b.work(b.first, step, write=True, rows=rows)
+            b.first.record(ready)
+            b.second.wait(ready)
+            b.work(b.second, step, write=True, rows=then)
+            b.second.record(done)
+            b.first.wait(done)
+        b.work(b.first, 9, write=False, rows=None)
+        b.work(b.second, 9, write=False, rows=[1])
+
+    assert races(use) == [[] for _ in SEEDS]
+
+
+def test_a_row_is_compared_with_what_was_done_to_the_whole_before_other_rows():
+    def use(b: Bench) -> None:
+        b.work(b.first, 0, write=True, rows=None)
+        b.work(b.first, 1, write=True, rows=[0])
+        b.work(b.second, 2, write=False, rows=[3])
+
+    for [race] in races(use):
+        assert {race.first.what, race.second.what} == {"work 0", "work 2"}
+
+
+def test_a_view_of_a_part_of_a_known_buffer_is_refused():
+    b = bench()
+    b.device.poison(b.table, "table")
+    for part in (b.table[1:], b.table[:2], b.table[1:3], b.table.view(2, 2)):
+        with pytest.raises(InternalError, match="part overlaps table"):
+            b.device.poison(part, "part")
+    with pytest.raises(InternalError, match="part is not contiguous"):
+        b.device.poison(torch.zeros(4, 4)[:, 1], "part")
+
+
+def test_another_view_of_the_same_memory_is_the_same_buffer():
+    def use(b: Bench) -> None:
+        b.work(b.first, 0, write=True)
+        b.table = b.table[:]
+        b.work(b.second, 0, write=False)
+
+    assert [len(found) for found in races(use)] == [1 for _ in SEEDS]
+
+
+def test_memory_of_a_buffer_that_is_gone_is_not_another_buffers_later():
+    device, addresses = SimDevice(RandomOrder(0)), set[int]()
+    for _ in range(20):
+        table = torch.zeros(64)
+        addresses.add(table.data_ptr())
+        device.poison(table, "table")
+    assert len(addresses) == 20
+
+
+def refill(view: NDArray[np.int32]) -> None:
+    view[0] = 2
+
+
+def test_rewriting_pinned_memory_that_a_queued_copy_reads_tells_sites_steps_and_the_event_to_wait_for():
     for seed in SEEDS:
         b = bench(seed)
         view, copied = b.device.host_view(b.pinned), b.device.event("h2d_done A")
         view[0] = 1
         b.copy(b.first, 7)
         b.first.record(copied)
-        view[0] = 2  # the fault
+        b.device.moment("planned", 8)
+        refill(view)  # the fault
         copied.synchronize()
         [race] = b.device.checker.races
-        text = str(race)
         assert race.buffer == "inputs"
-        assert "copy in 7 A" in text
-        assert "the host must wait for h2d_done A on first" in text or "host must wait for h2d_done A on first" in text
-        assert text.count("test_races.py:") == 2
+        uses = {each.thread: each for each in (race.first, race.second)}
+        assert uses["first"].what == "copy in 7 A"
+        assert uses["host"].what == "step 8, after planned"
+        for each, callee in ((uses["first"], "copy"), (uses["host"], "refill")):
+            assert re.match(rf"test_races.py:\d+ {callee} < test_races.py:\d+ test_rewriting_\w+$", each.where)
+        assert "host must wait for h2d_done A on first" in str(race)
+
+
+def test_the_hosts_uses_tell_the_step_that_it_queued_or_waited_for_last():
+    b = bench(3)
+    view, collected = b.device.host_view(b.pinned), b.device.event("d2h_done A")
+
+    def what() -> str:
+        """Of a read by the host, as a race with a write that nothing orders tells it."""
+        access = Access("inputs", b.pinned, None, True)
+        b.second.enqueue(lambda: None, Note("spoil", -1, "", lambda: [access]))
+        view.tolist()
+        b.device.run_now(lambda: None, b.second)
+        race = b.device.checker.races[-1]
+        return next(each.what for each in (race.first, race.second) if each.thread == "host")
+
+    assert what() == "before any step"
+    b.work(b.first, 4, write=False)
+    b.first.record(collected)
+    assert what() == "step 4, after work"
+    b.work(b.first, 5, write=False)
+    collected.synchronize()
+    assert what() == "step 4, after d2h_done A"
 
 
 def test_waiting_for_the_copy_before_rewriting_is_right():

@@ -12,6 +12,7 @@ common clock, which shows the order and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from gapless.device.base import Access, Graph, Note, Stream
 from gapless.device.sim.frame import Frame
 from gapless.device.sim.order import Order, Ready
+from gapless.device.sim.pinned import TrackedArray
 from gapless.device.sim.races import HOST, RaceChecker
-from gapless.device.sim.streams import Record, SimEvent, SimGraph, SimStream, TrackedArray, Wait, Work, call_site
+from gapless.device.sim.streams import Record, SimEvent, SimGraph, SimStream, Wait, Work, call_site
 from gapless.device.sim.timeline import Span, Timeline
 from gapless.errors import InternalError
 
@@ -63,6 +65,7 @@ class SimDevice:
         self._streams: list[SimStream] = []
         self._running: tuple[SimStream, Work] | None = None
         self._pinned_names: dict[int, str] = {}
+        self._when = "before any step"  # the host's latest act that belongs to a step
         self._closed = False
 
     # ----------------------------------------------------------- the interface
@@ -81,9 +84,7 @@ class SimDevice:
         return memory
 
     def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
-        view = pinned.numpy().view(TrackedArray)
-        view.tensor, view.name, view.owner = pinned, self._pinned_names[pinned.data_ptr()], self
-        return view
+        return cast("NDArray[np.int32]", TrackedArray(pinned, self._pinned_names[pinned.data_ptr()], self))
 
     def capture(
         self, work: Callable[[], None], stream: Stream, accesses: Callable[[], Iterable[Access]] = tuple
@@ -126,13 +127,15 @@ class SimDevice:
         self.timeline.lanes.append(stream.name)
 
     def spend(self, name: str, seconds: float, step: int = -1, slot: str = "") -> None:
-        """Let the host take this much virtual time."""
+        """Let the host take this much virtual time. With a step, the host's uses from now on name it."""
+        self._acted(name, step)
         self.timeline.add(Span(HOST, name, step, slot, self.now, self.now + seconds))
         self.now += seconds
 
     def moment(self, name: str, step: int = -1, slot: str = "") -> None:
-        """Put something that the host does into the timeline."""
+        """Put something that the host does into the timeline. With a step, the host's uses from now on name it."""
         self._tick()
+        self._acted(name, step)
         self.timeline.add(Span(HOST, name, step, slot, self.now, self.now))
 
     def poison(
@@ -142,7 +145,7 @@ class SimDevice:
 
         value  for integers; floats become NaN.
         """
-        self.checker.use(0, name, tensor, units, True, "released", call_site())
+        self.checker.use(0, name, tensor, units, True, f"released: {self._when}", call_site())
         rubbish = float("nan") if tensor.is_floating_point() else value
         if units is None:
             tensor.fill_(rubbish)
@@ -166,6 +169,7 @@ class SimDevice:
 
     def host_prepares(self, note: Note) -> None:
         """Before the host queues a piece of work."""
+        self._acted(note.name, note.step)
         if self._host_cost is not None and (seconds := self._host_cost(note)):
             self.spend("prepare", seconds, note.step, note.slot)
         self.host_acts()
@@ -173,7 +177,7 @@ class SimDevice:
     def host_uses(self, tensor: torch.Tensor, name: str, *, write: bool) -> None:
         if not self.checker.knows(0, tensor.data_ptr(), write=write):
             self.host_acts()
-            self.checker.use(0, name, tensor, None, write, "host", call_site())
+            self.checker.use(0, name, tensor, None, write, self._when, call_site())
 
     def host_waits_for(self, event: SimEvent) -> None:
         self.host_acts()
@@ -188,12 +192,17 @@ class SimDevice:
                 raise InternalError(f"the host waits for {event.name}, which nothing will reach")
             self._run(self._streams[ready[self.order.must_pick(ready)].stream])
         self.checker.join(0, mark.clock)
+        self._acted(event.name, mark.step)
         if mark.at > self.now:
             self.waited += mark.at - self.now
             self.now = mark.at
         self.timeline.add(Span(HOST, f"waited for {event.name}", -1, "", self.now, self.now))
         if mark.error is not None:
             raise mark.error
+
+    def _acted(self, name: str, step: int) -> None:
+        if step >= 0:
+            self._when = f"step {step}, after {name}"
 
     # ------------------------------------------------------------- the streams
 

@@ -1,8 +1,9 @@
 """Happens-before: vector clocks of the host and of every stream, and the last uses of every unit of every buffer.
 
 Two uses of a unit, one of them a write, are a race unless something orders them: the order of one stream, the host's
-own order, queueing (the host before the work), a wait for an event, or the host's waiting for one. It does not matter
-in which order they happened to run: a missing event shows in every run that has both uses.
+own order, queueing (the host before the work), a wait for an event, or the host's waiting for one. A use of a whole
+buffer is one of all its units. It does not matter in which order they happened to run: a missing event shows in every
+run that has both uses.
 
 Source: Lamport, "Time, clocks, and the ordering of events in a distributed system", CACM 1978; the last uses are kept
 as (thread, epoch) pairs as in Flanagan and Freund, "FastTrack", PLDI 2009.
@@ -11,7 +12,6 @@ as (thread, epoch) pairs as in Flanagan and Freund, "FastTrack", PLDI 2009.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gapless.errors import InternalError
+
 HOST = "host"
 MAX_THREADS = 8  # the host and seven streams
 Clock = list[int]
-CallSite = tuple[CodeType, int]
-"""The code that was running, and its line."""
+CallSite = tuple[tuple[CodeType, int], ...]
+"""The code that was running and its line, then those of its caller."""
 _Key = tuple[int, bool, int, int, bool]  # address, whole, thread, epoch, write
 
 
@@ -39,9 +41,8 @@ class Use:
 
     @property
     def where(self) -> str:
-        """file:line function."""
-        code, line = self.site
-        return f"{code.co_filename.rsplit('/', 1)[-1]}:{line} {code.co_name}"
+        """file:line function < the same of its caller."""
+        return " < ".join(f"{code.co_filename.rsplit('/', 1)[-1]}:{line} {code.co_name}" for code, line in self.site)
 
     def __str__(self) -> str:
         return f"{self.thread} {'writes' if self.write else 'reads'} ({self.what}, {self.where})"
@@ -65,22 +66,29 @@ class Race:
 class _Units:
     """The last write of each unit, and each thread's last read since then. Epoch 0 is never."""
 
-    def __init__(self, name: str, units: int) -> None:
-        self.name = name
+    def __init__(self, units: int) -> None:
+        self.all = np.arange(units)
         self.writer = np.zeros(units, dtype=np.int64)
         self.written = np.zeros(units, dtype=np.int64)
         self.read = np.zeros((MAX_THREADS, units), dtype=np.int64)
 
 
-class _Whole:
-    """The same for a buffer that is always used as a whole."""
+class _Book:
+    """The same for a buffer as a whole, and for its units since its last write as a whole.
 
-    def __init__(self, name: str) -> None:
+    Holds the buffer, so that its memory is not another buffer's later.
+    """
+
+    def __init__(self, name: str, buffer: torch.Tensor) -> None:
         self.name = name
+        self.buffer = buffer
+        self.begin = buffer.data_ptr()
+        self.end = self.begin + buffer.nbytes
         self.writer = 0
         self.written = 0
         self.read = [0] * MAX_THREADS
-        self.last: tuple[int, int, bool] = (-1, 0, False)  # thread, epoch, write of the last use
+        self.units: _Units | None = None
+        self.last: tuple[int, int, bool] | None = None  # thread, epoch, write of the last use, if it was of the whole
 
 
 class RaceChecker:
@@ -91,9 +99,8 @@ class RaceChecker:
         self.clocks: list[Clock] = []
         self._threads: list[str] = []
         self._records: list[tuple[list[int], list[str]]] = []
-        self._units: dict[int, _Units] = {}  # by address
-        self._wholes: dict[int, _Whole] = {}
-        self._uses: dict[_Key, Use] = {}
+        self._books: dict[int, _Book] = {}  # by address
+        self._uses: dict[_Key, tuple[str, CallSite]] = {}  # what, where
         self.add_thread(HOST)
 
     def add_thread(self, name: str) -> int:
@@ -124,17 +131,10 @@ class RaceChecker:
         epochs.append(epoch)
         names.append(event)
 
-    def uses(self) -> Iterator[tuple[str, Use]]:
-        """Every kind of use that was booked, with the buffer's name: one for each epoch."""
-        names: dict[int, str] = {address: each.name for address, each in self._wholes.items()}
-        names.update((address, each.name) for address, each in self._units.items())
-        for key, use in self._uses.items():
-            yield names[key[0]], use
-
     def knows(self, thread: int, buffer: int, *, write: bool) -> bool:
-        """Whether the last use of the whole buffer at this address was the same one, so that nothing need be booked."""
-        whole = self._wholes.get(buffer)
-        return whole is not None and whole.last == (thread, self.clocks[thread][thread], write)
+        """Whether the last use of the buffer at this address was the same one of all of it: nothing need be booked."""
+        book = self._books.get(buffer)
+        return book is not None and book.last == (thread, self.clocks[thread][thread], write)
 
     def use(
         self,
@@ -146,63 +146,90 @@ class RaceChecker:
         what: str,
         where: CallSite,
     ) -> None:
-        """Book a use and find the races with earlier ones."""
+        """Book a use and find the races with earlier ones.
+
+        Raises InternalError if the buffer shares memory with an earlier one without being the same.
+        """
+        if units is not None and not units.size:
+            return
         address, epoch = buffer.data_ptr(), self.clocks[thread][thread]
+        book = self._books.get(address)
+        if book is None or book.buffer is not buffer:
+            book = self._book_of(name, buffer)
         key = (address, units is None, thread, epoch, write)
+        if key not in self._uses:
+            self._uses[key] = (what, where)
+        self._compare_whole(book, key)
         if units is None:
-            self._uses.setdefault(key, Use(self._threads[thread], epoch, write, what, where))
-            self._use_whole(address, name, key)
-        elif units.size:
-            self._uses.setdefault(key, Use(self._threads[thread], epoch, write, what, where))
-            self._use_units(address, name, key, buffer.shape[0], units)
-
-    def _use_whole(self, address: int, name: str, key: _Key) -> None:
-        whole = self._wholes.get(address)
-        if whole is None:
-            whole = self._wholes[address] = _Whole(name)
-        _, _, thread, epoch, write = key
-        whole.last = (thread, epoch, write)
-        clock = self.clocks[thread]
-        if whole.written > clock[whole.writer]:
-            self._report(whole.name, -1, (address, True, whole.writer, whole.written, True), key)
-        if write:
-            for reader, seen in enumerate(whole.read):
-                if seen > clock[reader]:
-                    self._report(whole.name, -1, (address, True, reader, seen, False), key)
-                    break
-            whole.writer, whole.written = thread, epoch
-            whole.read = [0] * MAX_THREADS
+            if book.units is not None:
+                self._compare_units(book.name, book.units, book.units.all, key)
+            book.last = (thread, epoch, write)
+            if write:
+                book.writer, book.written, book.read, book.units = thread, epoch, [0] * MAX_THREADS, None
+            else:
+                book.read[thread] = epoch
         else:
-            whole.read[thread] = epoch
+            if book.units is None:
+                book.units = _Units(buffer.shape[0])
+            self._compare_units(book.name, book.units, units, key)
+            book.last = None
+            if write:
+                book.units.writer[units] = thread
+                book.units.written[units] = epoch
+                book.units.read[:, units] = 0
+            else:
+                book.units.read[thread, units] = epoch
 
-    def _use_units(self, address: int, name: str, key: _Key, size: int, index: NDArray[np.integer]) -> None:
-        units = self._units.get(address)
-        if units is None:
-            units = self._units[address] = _Units(name, size)
-        _, _, thread, epoch, write = key
+    def _book_of(self, name: str, buffer: torch.Tensor) -> _Book:
+        """The book of this memory, which no other view of it may share in part."""
+        new = _Book(name, buffer)
+        if not buffer.is_contiguous():
+            raise InternalError(f"{name} is not contiguous")
+        for book in self._books.values():
+            if new.begin < book.end and book.begin < new.end:
+                if (new.begin, new.end, buffer.shape[0]) != (book.begin, book.end, book.buffer.shape[0]):
+                    raise InternalError(f"{name} overlaps {book.name}: only uses of the same buffer can be compared")
+                return book
+        self._books[new.begin] = new
+        return new
+
+    def _compare_whole(self, book: _Book, later: _Key) -> None:
+        """With uses of the buffer as a whole."""
+        address, _, thread, _, write = later
+        clock = self.clocks[thread]
+        if book.written > clock[book.writer]:
+            self._report(book.name, -1, (address, True, book.writer, book.written, True), later)
+        if write:
+            for reader, seen in enumerate(book.read):
+                if seen > clock[reader]:
+                    self._report(book.name, -1, (address, True, reader, seen, False), later)
+                    break
+
+    def _compare_units(self, name: str, units: _Units, index: NDArray[np.integer], later: _Key) -> None:
+        """With uses of these units."""
+        address, _, thread, _, write = later
         now = np.asarray(self.clocks[thread])
         writer, written = units.writer[index], units.written[index]
         late = written > now[writer]
         if late.any():
             at = int(late.argmax())
             earlier = (address, False, int(writer[at]), int(written[at]), True)
-            self._report(units.name, int(index[at]), earlier, key)
+            self._report(name, int(index[at]), earlier, later)
         if write:
             read = units.read[:, index]
             unordered = read > now[:, None]
             if unordered.any():
                 reader, at = divmod(int(unordered.argmax()), index.size)
                 earlier = (address, False, reader, int(read[reader, at]), False)
-                self._report(units.name, int(index[at]), earlier, key)
-            units.writer[index] = thread
-            units.written[index] = epoch
-            units.read[:, index] = 0
-        else:
-            units.read[thread, index] = epoch
+                self._report(name, int(index[at]), earlier, later)
 
     def _report(self, name: str, unit: int, earlier: _Key, later: _Key) -> None:
         missing = self._missing(earlier[2], earlier[3], later[2], later[3])
-        self.races.append(Race(name, unit, self._uses[earlier], self._uses[later], missing))
+        self.races.append(Race(name, unit, self._use_of(earlier), self._use_of(later), missing))
+
+    def _use_of(self, key: _Key) -> Use:
+        _, _, thread, epoch, write = key
+        return Use(self._threads[thread], epoch, write, *self._uses[key])
 
     def _missing(self, first: int, first_epoch: int, second: int, second_epoch: int) -> str:
         """The event that would order the two uses."""

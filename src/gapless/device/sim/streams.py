@@ -1,4 +1,4 @@
-"""What the host holds: streams, events, graphs and pinned memory. Every call first lets the device do some work."""
+"""What the host holds: streams, events and graphs. Every call first lets the device do some work."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from gapless.device.base import Access, Event, Note
 from gapless.device.faults import Faults
@@ -27,9 +24,10 @@ _NOT_SITES = ("/device/sim/", "/numpy/", "/torch/")  # code that a call site is 
 
 @dataclass(slots=True, eq=False)
 class Mark:
-    """One record of an event."""
+    """One record of an event, behind work of this step."""
 
     name: str
+    step: int
     clock: Clock = field(default_factory=list[int])
     reached: bool = False
     at: float = 0.0
@@ -89,6 +87,7 @@ class SimStream:
         self.free_at = 0.0
         self.faults = Faults()
         self.queued = 0  # pieces of work so far: the epoch of the newest one, less 1
+        self.step = -1  # of the newest one
         self._device = device
 
     def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
@@ -97,13 +96,14 @@ class SimStream:
             raise InternalError(f"{note.name} of step {note.step} does not declare what it touches")
         self._device.host_prepares(note)
         self.queued += 1
+        self.step = note.step
         clock = self._device.checker.fork(0)
         self.queue.append(Work(work, note, clock, self._device.now, call_site()))
 
     def record(self, event: Event) -> None:
         assert isinstance(event, SimEvent)
         self._device.host_acts()
-        mark = event.mark = Mark(event.name)
+        mark = event.mark = Mark(event.name, self.step)
         self._device.checker.recorded(self.thread, self.queued + 1, event.name)
         self.queue.append(Record(mark, self._device.now))
 
@@ -126,35 +126,16 @@ class SimGraph:
         self._device.run_checked(self._work, self._accesses)
 
 
-class TrackedArray(np.ndarray[Any, np.dtype[Any]]):
-    """Pinned memory as the host sees it: every subscript is booked. What it returns is a plain array."""
-
-    tensor: torch.Tensor
-    name: str
-    owner: SimDevice
-
-    def __array_finalize__(self, parent: object) -> None:
-        if isinstance(parent, TrackedArray):
-            self.tensor, self.name, self.owner = parent.tensor, parent.name, parent.owner
-
-    def __getitem__(self, key: Any) -> Any:
-        self.owner.host_uses(self.tensor, self.name, write=False)
-        return self.view(np.ndarray)[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.owner.host_uses(self.tensor, self.name, write=True)
-        self.view(np.ndarray)[key] = value
-
-
 def call_site() -> CallSite:
-    """The nearest caller outside the simulator."""
-    frame = inspect.currentframe()
-    assert frame is not None
-    while frame.f_back is not None and _is_inside(frame.f_code):
+    """The two innermost callers outside the simulator."""
+    frame, site = inspect.currentframe(), list[tuple[CodeType, int]]()
+    while frame is not None and len(site) < 2:
+        if not _is_inside(frame.f_code.co_filename):
+            site.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
-    return frame.f_code, frame.f_lineno
+    return tuple(site)
 
 
 @cache
-def _is_inside(code: CodeType) -> bool:
-    return any(part in code.co_filename for part in _NOT_SITES)
+def _is_inside(file: str) -> bool:
+    return any(part in file for part in _NOT_SITES)
