@@ -14,7 +14,8 @@ help:
 	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
 	@echo "make test    run the tests"
 	@echo "make race    SEEDS=1000000 schedules on the simulated device; goes on where it was stopped"
-	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails"
+	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails;"
+	@echo "             SCHEDULE=.race/1234.json: one that was saved"
 	@echo "make faults  the planted faults, and how many schedules it takes to find each"
 	@echo "make check   ruff, pyright strict, import rules"
 	@echo "make format  let ruff rewrite the code"
@@ -30,7 +31,8 @@ race: .venv/dev.done
 	PYTHONPATH=tests $(BIN)/python -m support.sim.race run --seeds $(SEEDS)
 
 replay: .venv/dev.done
-	PYTHONPATH=tests $(BIN)/python -m support.sim.race replay --seed $(SEED) --shrink --trace .race/trace.json
+	PYTHONPATH=tests $(BIN)/python -m support.sim.race replay $(if $(SCHEDULE),--schedule $(SCHEDULE),--seed $(SEED)) \
+		--shrink --trace .race/trace.json
 
 faults: .venv/dev.done
 	PYTHONPATH=tests $(BIN)/python -m support.sim.faults

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from support.sim.faults import FAULTS, hunt, table
-from support.sim.race import STATE, State, describe, fingerprint
+from support.sim.race import STATE, State, Totals, describe, fingerprint
 from support.sim.rig import run
 from support.sim.schedule import generate
 from support.sim.shrink import shrink
@@ -42,11 +42,16 @@ def replay() -> str:
 
 
 def race() -> str:
-    """The totals of the last `make race`."""
-    state = State.load(STATE, fingerprint())
+    """The totals of `make race`, also of several that were made side by side, each with a state file of its own."""
+    state, totals = State(fingerprint()), Totals()
+    for file in sorted(STATE.parent.glob(f"{STATE.stem}*.json")):
+        part = State.load(file, state.code)
+        if twice := set(part.chunks) & set(state.chunks):
+            sys.exit(f"{file} has {len(twice)} chunks that another state has, too")
+        state.chunks += part.chunks
+        totals.add(part.totals)
     if not state.chunks:
         sys.exit(f"{STATE} has no run of this code; run `make race` first")
-    totals = state.totals
     cells = {
         "schedules": totals.schedules,
         "steps": totals.steps,
@@ -61,7 +66,7 @@ def race() -> str:
     return (
         f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| "
         + " | ".join(f"{value:,}" for value in cells.values())
-        + f" |\n\n`make race SEEDS={totals.schedules}`, code `{state.code}`."
+        + f" |\n\n`make race`, code `{state.code}`."
     )
 
 

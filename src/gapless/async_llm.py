@@ -106,6 +106,11 @@ class AsyncLLM:
         prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
         return RequestStream(self, self._desk, self._desk.submit(prepared), output_kind)
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended and were not left."""
+        return self._desk.num_open
+
     def stats(self) -> EngineStats:
         """Counts and times of the engine since it was started."""
         return self._engine.stats()
@@ -194,6 +199,10 @@ class _Desk:
         elif self._loop is not loop:
             raise InvalidRequestError("this AsyncLLM belongs to another event loop: make one AsyncLLM for each loop")
 
+    @property
+    def num_open(self) -> int:
+        return len(self._collector)
+
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -239,7 +248,8 @@ class _Desk:
         """The thread's work, until the engine's last record."""
         last = False
         while not last:
-            record = self._engine.outputs.get()
+            record = self._engine.next_output()
+            assert record is not None
             last = isinstance(record, EngineFailure)
             try:
                 loop.call_soon_threadsafe(self._deliver, record)

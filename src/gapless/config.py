@@ -10,6 +10,8 @@ from gapless.errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16"]
 GPU_BATCH_TOKENS = 8192
 CPU_BATCH_TOKENS = 256
+STALL_SECONDS = 600.0
+MAX_STALL_SECONDS = 10**6  # locks take no much longer timeouts
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -75,6 +77,8 @@ class EngineConfig:
     device              "cpu", "cuda" or "cuda:1"; None: CUDA when there is one.
     attention           attention backend by name; None: the fastest one that runs there.
     seed                seeds the requests that bring none of their own.
+    stall_seconds       with work to do and no step ended for so long, those who wait get EngineDeadError; 0: never.
+                        A step that compiles kernels may take minutes.
     """
 
     lookahead: int = 1
@@ -91,6 +95,7 @@ class EngineConfig:
     device: str | None = None
     attention: str | None = None
     seed: int = 0
+    stall_seconds: float = STALL_SECONDS
 
     def __post_init__(self) -> None:
         _between("lookahead", self.lookahead, 0, 16)
@@ -110,6 +115,8 @@ class EngineConfig:
                 _between(name, value, 2, 2**62)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction}")
+        if not 0.0 <= self.stall_seconds <= MAX_STALL_SECONDS:
+            raise ConfigError(f"stall_seconds must be between 0 and {MAX_STALL_SECONDS}, not {self.stall_seconds}")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
         for bucket in self.graph_buckets or ():

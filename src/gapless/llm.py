@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from types import TracebackType
 from typing import Self, Unpack, cast
 
@@ -22,9 +20,9 @@ from gapless.progress import Progress
 from gapless.prompts import ChatPrompt, Prompt, is_single
 from gapless.request import SamplingParams
 from gapless.text.messages import Message
+from gapless.turns import TurnLine
 
 _SUBMIT_AT_ONCE = 64
-_TURN_SECONDS = 0.5  # between two looks at the engine of a call that waits for its turn
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -41,9 +39,10 @@ class LLM:
     tokenizer  a folder with a tokenizer.json to use in place of the model's.
     config     how the engine runs it; `options` are its fields by name and go over it.
 
-    Threads may share an LLM: calls take turns. An unfinished stream keeps its turn until it is closed. No signal
-    handlers are installed: KeyboardInterrupt cancels what the interrupted call has not finished, and goes on to its
-    caller; the LLM stays usable.
+    Threads may share an LLM: calls take turns, first come, first served. An unfinished stream keeps its turn until it
+    is read to its end, closed or dropped; a call that waits for one that is not read on says so in the log ("gapless").
+    For many streams at once there is AsyncLLM. No signal handlers are installed: KeyboardInterrupt cancels what the
+    interrupted call has not finished, and goes on to its caller; the LLM stays usable.
 
     Raises ConfigError, ModelError, OutOfMemoryError.
     """
@@ -73,8 +72,7 @@ class LLM:
         self._engine = loaded.engine
         self._encoder = loaded.encoder
         weakref.finalize(self, loaded.engine.request_stop)
-        self._turns = threading.Condition()
-        self._turn_of: int | None = None  # the thread that has it
+        self._turns = TurnLine()
 
     def __enter__(self) -> Self:
         return self
@@ -211,7 +209,7 @@ class LLM:
         self, prepared: Iterable[Prepared | None], window: int | None
     ) -> Generator[tuple[Committed, list[Generation]]]:
         """Keep up to `window` requests in the engine; give each step's record and the generations it changed."""
-        with self._my_turn():
+        with self._turns.turn(self._engine.check_alive) as turn:
             collector = Collector(self.loaded.tokenizer)
             source = iter(prepared)
             try:
@@ -221,7 +219,9 @@ class LLM:
                         return
                     record = self._next_record(wait=bool(collector) and not more)
                     if record is not None:
-                        yield record, collector.take(record)
+                        changed = collector.take(record)
+                        with turn.away():
+                            yield record, changed
             finally:
                 self._engine.cancel(collector.open_ids())
 
@@ -247,33 +247,11 @@ class LLM:
         return more if room > 0 else False
 
     def _next_record(self, *, wait: bool) -> Committed | None:
-        try:
-            record = self._engine.outputs.get(block=wait)
-        except queue.Empty:
-            return None
+        record = self._engine.next_output(wait=wait)
         if isinstance(record, EngineFailure):
             self._engine.outputs.put(record)
             raise dead_engine(record)
         return record
-
-    @contextmanager
-    def _my_turn(self) -> Generator[None]:
-        """One reader of the engine's outputs at a time."""
-        me = threading.get_ident()
-        if self._turn_of == me:
-            raise InvalidRequestError("this thread has an unfinished stream of this LLM: finish it or close() it first")
-        try:
-            with self._turns:
-                while self._turn_of is not None:
-                    self._turns.wait(_TURN_SECONDS)
-                    self._engine.check_alive()  # whoever has the turn may never look at the engine again
-                self._turn_of = me
-            yield
-        finally:
-            with self._turns:
-                if self._turn_of == me:
-                    self._turn_of = None
-                    self._turns.notify()
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:

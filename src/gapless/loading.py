@@ -27,6 +27,8 @@ from gapless.prompts import PromptEncoder
 from gapless.sampling import make_sampler
 from gapless.text.chat import ChatTemplate
 from gapless.text.tokenizer import Tokenizer
+from gapless.trace.device import traced
+from gapless.trace.record import Trace
 from gapless.weights.cache import cache_folder
 from gapless.weights.hf_config import load_shape
 from gapless.weights.names import weight_shapes
@@ -97,6 +99,7 @@ def load_engine(
     load: Load = "auto",
     shape: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    trace: Trace | None = None,
 ) -> LoadedEngine:
     """Load a model and start its engine.
 
@@ -104,12 +107,13 @@ def load_engine(
     load       "random" fills the model with random numbers instead of its weights.
     shape      with load="random": a named shape or a config.json; `model` is not looked at.
     tokenizer  a folder with a tokenizer.json to use in place of the model's.
+    trace      writes down what the engine does when.
 
     Raises ConfigError, ModelError, OutOfMemoryError.
     """
     config = config or EngineConfig()
     source = _find(model, load, shape)
-    device = open_device(config.device)
+    device, parts = traced(open_device(config.device), trace)
     try:
         dtype_name: Dtype = config.dtype or ("float32" if device.torch_device.type == "cpu" else "bfloat16")
         dtype: torch.dtype = getattr(torch, dtype_name)
@@ -125,7 +129,7 @@ def load_engine(
             ops=make_ops(device.torch_device, _choices_file(device)),
         )
         words = _open_tokenizer(source, tokenizer)
-        engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype)
+        engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype, parts)
     except BaseException as error:
         device.close()
         if isinstance(error, torch.OutOfMemoryError):

@@ -3,7 +3,8 @@
 Policy: first come, first served. Running rows decode first, oldest first; then prompts go on in chunks within the
 token budget; then waiting requests are admitted. When KV blocks run out, the youngest running sequence is preempted:
 its blocks come back once its steps in flight have retired, and it is recomputed from its known tokens later, before
-any request that arrived after it. When a step runs out of memory, that happens to all, and the budget shrinks.
+any request that arrived after it. When a step runs out of memory, that happens to all, and the budget shrinks if it is
+not the first of late.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Scheduler:
         self.pool = BlockPool(limits.num_blocks)
         self.rows = RowTable(limits.max_rows, limits.max_model_len, limits.block_columns)
         self.stats = SchedulerStats()
-        self.budget = TokenBudget(limits.max_batch_tokens)
+        self.budget = TokenBudget(limits.max_batch_tokens, limits.max_model_len)
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._cancelled_waiting = 0
@@ -365,7 +366,8 @@ class Scheduler:
         """Retire all steps in flight without tokens: the oldest ran out of memory, and the others were skipped.
 
         Every unfinished sequence is recomputed from what is known, not only those of the failed step: so the budget,
-        which shrinks, holds for the rows that decode, too, since they are admitted within it.
+        which may shrink, holds for the rows that decode, too, since they are admitted within it. TokenBudget says why
+        this comes to an end.
         """
         for row in np.flatnonzero(
             (self.rows.state == RowState.RUNNING) | (self.rows.state == RowState.ENDING)

@@ -172,6 +172,7 @@ def test_an_interrupt_keeps_what_is_done(
     assert any("error" in record for record in records)
     if not to_file:
         assert {record["id"] for record in records if "error" not in record} == {100, 101, 102}
-    # a signal may come between a line and its count
-    assert re.search(rf"^gapless: {said}; ({len(records) - 1}|{len(records)}) lines are written$", err, re.MULTILINE)
+    assert re.search(
+        rf"^gapless: {said}; {len(records)} of at least 12 lines are answered. To go on", err, re.MULTILINE
+    )
     assert "Traceback" not in err

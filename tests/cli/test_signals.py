@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.oracle import package_folder
+from support.waiting import eventually
 
 # Once the engine runs, or at least the handler stands, the program sends itself SIGTERM.
 TERMINATES_ITSELF = """
@@ -111,6 +114,78 @@ def test_sigterm_waits_for_nothing():
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, b"", b"gapless: never mind\n")
+
+
+WRITES_LONG_LINES = """
+import sys
+from gapless.cli.files import ResultWriter
+from gapless.cli.signals import sigterm_leaves
+
+writer = ResultWriter(sys.stdout.buffer)
+try:
+    with sigterm_leaves(lambda: f"{writer.written} lines"):
+        while True:
+            writer.error(writer.written, None, None, "x" * 2**20)  # more than a pipe takes at once
+except KeyboardInterrupt:
+    print(f"{writer.written} lines", file=sys.stderr)
+"""
+
+
+def start_long_lines(unbuffered: str = "") -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WRITES_LONG_LINES]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_line_that_is_being_written_comes_whole_and_is_counted(number: signal.Signals, unbuffered: str):
+    with start_long_lines(unbuffered) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        begin = process.stdout.read(2**20 + 2**16)  # in the middle of the second line
+        process.send_signal(number)
+        text = begin + process.stdout.read()
+        assert text.endswith(b"\n")
+        records = [json.loads(line) for line in text.splitlines()]
+        assert [record["index"] for record in records] == list(range(len(records)))
+        assert process.stderr.read().endswith(f"{len(records)} lines\n".encode())
+
+
+def test_a_second_sigterm_does_not_wait_for_a_reader():
+    with start_long_lines() as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        assert process.returncode == 143
+        assert set(process.stderr.read().splitlines()) == {b"gapless: 0 lines"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_file_of_requests_that_is_cut_short_leaves_whole_lines_and_says_how_to_go_on(
+    options: list[str], tmp_path: Path, number: signal.Signals
+):
+    """The signal comes at any place in the work, once some answers are there."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": "abc", "max_tokens": 1 + 7 * (place % 50)} for place in range(20_000)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["generate", *options, "--ignore-eos", "--input", str(source), "--output", str(target)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv], stderr=subprocess.PIPE, text=True
+    )
+    eventually(lambda: target.exists() and target.stat().st_size > 2000)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    text = target.read_text()
+    assert text.endswith("\n")
+    records = [json.loads(line) for line in text.splitlines()]
+    assert len({record["index"] for record in records}) == len(records)
+    said = re.search(r"; (\d+) of at least (\d+) lines are answered\. To go on, run the lines", err)
+    assert said is not None, err
+    assert int(said[1]) == len(records) < int(said[2]) <= 20_000
 
 
 IMPORTING = "'torch' in sys.modules"

@@ -185,6 +185,35 @@ def test_a_failed_engine_gives_its_model_back_though_its_error_is_held():
     assert cause.__traceback__ is not None  # which still tells where it was
 
 
+class RaisingModel(HashModel):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("HIP error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: invalid configuration argument"), False),
+        (ValueError("an illegal memory access"), False),
+    ],
+)
+def test_a_fault_that_outlives_the_engine_says_to_start_the_process_again(error: Exception, lasting: bool):
+    engine = make_engine(RaisingModel(error))
+    request = engine.make_request([1], GREEDY)
+    engine.submit([request])
+    with pytest.raises(EngineDeadError) as caught:
+        collect(engine, [request])
+    assert ("start the process again" in str(caught.value)) == lasting
+    engine.close()
+
+
 # ----------------------------------------------------------------- memory
 
 

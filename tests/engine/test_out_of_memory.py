@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
-from gapless.budget import FIRST_PATIENCE, TokenBudget
+from gapless.budget import FIRST_PATIENCE, ONE_TOKEN_TRIES, TokenBudget
 from gapless.config import EngineConfig
 from gapless.device.base import Note
 from gapless.errors import OutOfMemoryError
@@ -62,9 +62,16 @@ def test_steps_that_are_too_large_are_made_smaller(lookahead: int, most: int, sh
 @pytest.mark.parametrize("seed", range(8))
 def test_failures_at_any_time_leave_every_request_its_tokens(seed: int, lookahead: int):
     luck = random.Random(seed)
-    model = ScarceModel(lambda tokens: tokens > 1 and luck.random() < 0.15)
-    schedule, engine = run_schedule(seed, lookahead, build=lambda config: ScarceHarness(config, model))
-    check_schedule(schedule, engine)
+    engines: list[ScarceHarness] = []
+
+    def fails(tokens: int) -> bool:
+        return luck.random() < 0.15 and (tokens > 1 or not engines[0].scheduler.budget.last_try)
+
+    def build(config: EngineConfig) -> ScarceHarness:
+        engines.append(ScarceHarness(config, ScarceModel(fails)))
+        return engines[0]
+
+    check_schedule(*run_schedule(seed, lookahead, build=build))
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
@@ -75,7 +82,8 @@ def test_failures_at_any_place_leave_every_request_its_tokens(seed: int, lookahe
     engines: list[ScarceHarness] = []
 
     def picks(note: Note) -> str | None:
-        if engines[0].watched.sizes[note.step] == 1 or luck.random() > 0.08:
+        lost = engines[0].watched.sizes[note.step] == 1 and engines[0].scheduler.budget.last_try
+        if lost or luck.random() > 0.08:
             return None
         return luck.choice(["before", "after"])
 
@@ -100,14 +108,50 @@ def test_the_random_failures_do_fail_and_meet_cancels_and_preemptions():
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-def test_a_step_of_one_token_that_fails_ends_the_engine(lookahead: int):
+def test_steps_of_one_token_that_never_have_memory_end_the_engine(lookahead: int):
     with ScarceHarness(config(lookahead), ScarceModel(lambda tokens: True)) as engine:
         add_all(engine, [[1] * 9, [2] * 9], max_tokens=5)
         with pytest.raises(OutOfMemoryError, match="even one token: no memory for the activations"):
             engine.run()
+        stats = engine.scheduler.stats
+        assert stats.failed_steps == 1 + 5 + ONE_TOKEN_TRIES  # spared, then halved from 32 to 1
         assert engine.watched.sizes[-1] == 1
         assert not engine.finished
         assert not any(engine.tokens.values())
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_a_step_of_one_token_that_fails_now_and_then_is_survived(lookahead: int):
+    model = ScarceModel(lambda tokens: tokens == 1)
+    with ScarceHarness(config(lookahead), model) as engine:
+        for number in range(5):
+            model.fails = lambda tokens: tokens == 1 and not engine.scheduler.stats.failed_steps % 2
+            request = engine.add([number], greedy(60))
+            engine.run()
+            assert_undisturbed(engine, [request])
+            assert engine.scheduler.stats.failed_steps == 2 * number + 1
+            model.fails = lambda tokens: tokens > 1 and engine.scheduler.stats.failed_steps % 2 == 1
+            request = engine.add([number] * 2, greedy(100))
+            engine.run()
+            assert_undisturbed(engine, [request])
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_a_small_step_that_fails_leaves_large_ones_allowed(lookahead: int):
+    with ScarceHarness(config(lookahead)) as engine:
+        first = add_all(engine, [[1, 2], [3, 4]], max_tokens=12)
+        for _ in range(4):
+            engine.step()
+        for failures in (1, 2):
+            engine.fail_next_step()
+            while engine.scheduler.stats.failed_steps < failures:
+                engine.step()
+            assert engine.watched.sizes[-1] == 2
+            assert engine.scheduler.budget.tokens == 32 // failures
+            for _ in range(3):
+                engine.step()
+        engine.run()
+        assert_undisturbed(engine, first)
 
 
 class CountingModel(HashModel):
@@ -207,31 +251,78 @@ def test_a_step_that_fails_before_its_table_deltas_harms_no_request_that_it_did_
         assert_undisturbed(engine, [first, second, third])
 
 
-def test_the_budget_grows_back_slower_after_every_failure_and_forgets_in_the_end():
+def good_steps_until(holds: Callable[[], bool], budget: TokenBudget) -> int:
+    steps = 0
+    while not holds():
+        budget.step_succeeded()
+        steps += 1
+    return steps
+
+
+def test_the_first_failure_is_spared_and_later_ones_halve_the_budget():
+    budget = TokenBudget(100)
+    allowed: list[int] = []
+    for tokens in (100, 2, 7):
+        budget.step_failed(tokens)
+        budget.step_succeeded()
+        allowed.append(budget.tokens)
+    assert allowed == [100, 50, 25]
+
+
+def test_the_budget_grows_back_slower_after_every_run_of_failures_and_forgets_in_the_end():
     budget = TokenBudget(100)
     budget.step_failed(100)
     waits: list[int] = []
     for _ in range(5):
-        steps = 0
-        while budget.tokens < 100:
-            budget.step_succeeded()
-            steps += 1
-        waits.append(steps)
-        budget.step_failed(100)
-    assert waits == [FIRST_PATIENCE * 2**n for n in range(1, 6)]
-    for _ in range(FIRST_PATIENCE * 2**8):
         budget.step_succeeded()
-    assert (budget.tokens, budget.patience) == (100, FIRST_PATIENCE)
+        budget.step_failed(100)
+        waits.append(good_steps_until(lambda: budget.tokens == 100, budget))
+    assert waits == [FIRST_PATIENCE * 2**n for n in range(2, 7)]
+    good_steps_until(lambda: budget.patience == FIRST_PATIENCE, budget)
+    budget.step_failed(100)
+    assert budget.tokens == 100
+
+
+def test_failures_in_a_row_cost_one_doubling_of_the_patience():
+    budget = TokenBudget(8192)
+    for _ in range(14):
+        budget.step_failed(8192)
+    assert (budget.tokens, budget.patience) == (1, 2 * FIRST_PATIENCE)
 
 
 def test_a_budget_of_one_token_is_the_smallest():
     budget = TokenBudget(3)
-    for tokens in (3, 1, 1):
+    for tokens in (3, 3, 1, 1):
         budget.step_failed(tokens)
     assert budget.tokens == 1
-    for _ in range(10_000):
+    assert not budget.exhausted
+    good_steps_until(lambda: budget.tokens == 3, budget)
+
+
+def test_one_token_is_tried_a_few_times_unless_many_good_steps_come_between():
+    budget = TokenBudget(100)
+    for _ in range(10):
+        budget.step_failed(1)
+        good_steps_until(lambda: budget.patience == FIRST_PATIENCE, budget)
+    for tokens in (1, 50, 1):
+        assert not budget.exhausted
+        budget.step_failed(tokens)
         budget.step_succeeded()
-    assert budget.tokens == 3
+    assert budget.last_try
+    budget.step_failed(1)
+    assert budget.exhausted
+
+
+def test_the_patience_is_as_long_as_the_longest_recompute():
+    """So that a shortage which comes back just before a recompute ends is not forgotten each time."""
+    budget = TokenBudget(limit=4, longest=1000)
+    rounds = 0
+    while not budget.exhausted:
+        budget.step_failed(budget.tokens)
+        for _ in range(249):  # one good step more, and all is recomputed
+            budget.step_succeeded()
+        rounds += 1
+        assert rounds < 100, "recomputed for ever"
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "budget": set(),
     "rows": BASICS,
     "scheduler": POLICY,
-    "device": {"errors", "device"},
+    "spans": set(),
+    "device": {"errors", "device", "spans"},
     "kernels": {"errors", "kernels", "attention.base"},
     "attention": {"errors", "config", "attention", "kernels"},
     "models": {"errors", "config", "attention.base", "attention", "models", "kernels"},
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": ENGINE,
     "outputs": BASICS,
     "turns": {"errors"},
+    "trace": ENGINE | {"spans", "trace"},
 }
 ENGINE_LAYERS = [
     "layout",
@@ -52,7 +54,7 @@ ENGINE_LAYERS = [
     "core",
     "build",
 ]
-NO_TORCH = POLICY | {"outputs"}
+NO_TORCH = POLICY | {"outputs", "spans"}
 
 
 def module_of(path: Path) -> str:
@@ -142,6 +144,7 @@ HOT_ROOMS = {
     "attention",
     "sampling",
     "kernels",
+    "trace",
 }
 
 

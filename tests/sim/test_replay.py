@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from support.sim.faults import FAULTS, hunt
-from support.sim.race import CHUNK, State, app, describe
+from support.sim.race import CHUNK, State, Totals, app, describe, report
 from support.sim.rig import run
 from support.sim.schedule import Schedule, generate
 from support.sim.shrink import shrink
@@ -35,17 +37,18 @@ def test_a_schedule_survives_json():
 def test_shrinking_gives_a_small_schedule_that_fails_alike(name: str, most_moves: int):
     fault = BY_NAME[name]
     caught = hunt(fault)
-    assert caught.seeds is not None
-    first = generate(caught.seeds - 1)
+    first = caught.schedule
 
     def fails(schedule: Schedule) -> bool:
         violation = run(schedule, fault.parts).violation
-        return violation is not None and violation.finding == caught.finding
+        return violation is not None and fault.proved_by(violation)
 
     small = shrink(first, fails, budget=400)
     assert fails(small)
     assert len(small.moves) <= most_moves
     assert small.lookahead <= first.lookahead
+    assert small.blocks <= first.blocks
+    assert small.order_seed < first.order_seed
     assert run(small).violation is None
 
 
@@ -62,11 +65,42 @@ def test_the_replay_command_shows_lanes_and_writes_a_chrome_trace(tmp_path: Path
     assert again.output.split("no violation")[0] in shown.output
 
 
+def test_a_violation_prints_the_command_that_replays_its_smallest_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The engine is right, so the schedule is wrong: it has a prompt that is longer than the context."""
+    monkeypatch.chdir(tmp_path)
+    schedule = generate(5)
+    adds = [move for move in schedule.moves if move.kind == "add"]
+    too_long = replace(adds[0], point=schedule.moves[-1].point, prompt=(1,) * schedule.max_length)
+    Path("long.json").write_text(replace(schedule, moves=(*schedule.moves, too_long)).to_json())
+    shown = CliRunner().invoke(app, ["replay", "--schedule", "long.json", "--shrink"])
+    assert shown.exit_code == 1
+    assert "error: PromptTooLongError" in shown.output
+    [saved] = Path(".race").glob("*.json")
+    assert f"make replay SCHEDULE={saved}" in shown.output
+    assert len(Schedule.from_json(saved.read_text()).moves) == 1
+    again = CliRunner().invoke(app, ["replay", "--schedule", str(saved)])
+    assert again.exit_code == 1
+    assert again.output.strip() in shown.output
+
+
+def test_a_race_keeps_the_first_schedule_that_failed_and_says_how_to_replay_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    console = Console(record=True)
+    report(
+        console, State("code", totals=Totals(schedules=CHUNK, failed=2, findings=[(3, "tokens: a"), (8, "books: b")]))
+    )
+    assert "make replay SCHEDULE=.race/3.json" in console.export_text()
+    assert Schedule.from_json(Path(".race/3.json").read_text()) == generate(3)
+
+
 def test_a_failing_run_is_described_with_its_schedule_timeline_and_violation():
     fault = BY_NAME["slots share the pinned inputs"]
     caught = hunt(fault)
-    assert caught.seeds is not None
-    schedule = generate(caught.seeds - 1)
+    schedule = caught.schedule
     text = describe(schedule, run(schedule, fault.parts), last=10)
     assert "race on host in A" in text
     assert "add a prompt of" in text

@@ -18,7 +18,7 @@ from support.sim.model import answer
 from support.sim.parts import Parts
 from support.sim.race import replay_command
 from support.sim.rig import Result, run
-from support.sim.schedule import Schedule, generate
+from support.sim.schedule import SHORTAGES, Schedule, generate
 
 CHUNKS, CHUNK = 40, 50
 COVERAGE_SEEDS = 400
@@ -61,9 +61,10 @@ def test_the_schedules_meet_everything_that_they_are_there_for():
         met["preemptions"] += result.preemptions
         met["exhaustion"] += result.exhausted
         met["overshoot"] += result.overshoot
-        met["steps out of memory"] += result.failed_steps
+        met.update(f"out of memory {place}" for place in result.device.failed_at)
         met.update(f"cancel at {name}" for name in cancelled_at(result) if name in BOUNDARIES)
     wanted = {f"lookahead {ahead}" for ahead in range(5)} | {f"cancel at {name}" for name in BOUNDARIES}
+    wanted |= {f"out of memory {place}" for place in SHORTAGES}
     assert wanted <= set(met)
     assert min(met.values()) > 3, met
 
@@ -105,17 +106,24 @@ def test_the_oracle_is_what_an_engine_gives_to_a_request_that_is_alone_at_lookah
     for seed in range(ALONE_SEEDS):
         schedule = generate(seed)
         together = run(schedule)
-        for number, request in enumerate(together.requests):
+        adds = [move for move in schedule.moves if move.kind == "add"]
+        for number, (move, request) in enumerate(zip(adds, together.requests, strict=True)):
             single = alone(schedule, number)
             [(request_id, end)] = single.finished.items()
             assert single.violation is None, single.violation
-            assert single.tokens[request_id] == answer(request)
+            assert single.tokens[request_id] == answer(move, schedule.limits)
             end_together = together.finished[request.request_id]
             if end_together.reason is not FinishReason.CANCELLED:
                 assert (end_together.reason, end_together.generated) == (end.reason, end.generated)
                 assert together.tokens[request.request_id] == single.tokens[request_id]
             seen += 1
     assert seen > ALONE_SEEDS
+
+
+def test_the_hash_model_in_torch_gives_the_same_answers():
+    for seed in range(AUDIT_SEEDS):
+        result = run(generate(seed), Parts(model=HashModel))
+        assert result.violation is None, explain(seed, result)
 
 
 def test_the_real_sampler_and_every_declaration_hold_while_all_else_is_rubbish():

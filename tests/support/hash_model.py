@@ -6,15 +6,17 @@ is an exact test of scheduling, block tables, carry-over and buffers. Arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
+from gapless.attention.base import AttentionBatch, KVSpec, LayerKV, append_kv
 
 VOCAB = 61
 EOS = 0
+MISPLACED = 12_345  # is added to the hash for each cached token that is not the one of its position
+NOT_COMPUTED = 54_321  # stands for the hash of a token that attention leaves out
 _PRIME = 2_147_483_629
 _STRIDE = 1_000_003
 _SPREAD = 7919
@@ -56,7 +58,11 @@ def expected_tokens(prompt: Sequence[int], max_length: int, stop_ids: Sequence[i
 
 
 class HashModel:
-    """Implements models.base.Model. The K cache holds token ids, the V cache positions; both are checked by hashing."""
+    """Implements models.base.Model. The K cache holds token ids, the V cache positions; both are checked by hashing.
+
+    It reads the cache as the attention backends do: decodes by their place, all else by query_start, rows by rows_E,
+    lengths by kv_len_E, and nothing beyond max_query and max_kv.
+    """
 
     vocab_size = VOCAB
     eos_token_ids: tuple[int, ...] = (EOS,)
@@ -68,22 +74,29 @@ class HashModel:
         self._weights_L = position_weights(max_position).to(device or torch.device("cpu"))
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
-        cache, size = kv[0], kv[0].block_size
-        rows_T, positions_T = batch.token_rows_T.long(), batch.positions_T.long()
-        table_TC = batch.block_table_RC[rows_T].long()
-        blocks_T = table_TC.gather(1, (positions_T // size)[:, None])[:, 0]
-        cache.k_BKSD[blocks_T, 0, positions_T % size, 0] = tokens_T.float()
-        cache.v_BKSD[blocks_T, 0, positions_T % size, 0] = positions_T.float()
-        length = min(batch.max_kv, table_TC.shape[1] * size, self.max_position)
-        columns = -(-length // size)
-        seen_TL = cache.k_BKSD[table_TC[:, :columns], 0, :, 0].flatten(1)[:, :length].double()
-        where_TL = cache.v_BKSD[table_TC[:, :columns], 0, :, 0].flatten(1)[:, :length].double()
-        at_L = torch.arange(length, device=tokens_T.device)
-        valid_TL = at_L <= positions_T[:, None]
-        misplaced_TL = valid_TL & (where_TL != at_L)
-        terms_TL = (seen_TL.nan_to_num(-7.0).long() + 1) * self._weights_L[:length] % _PRIME
-        hashes_T = (terms_TL * valid_TL).sum(1) % _PRIME + misplaced_TL.sum(1) * 12_345
-        return hashes_T[:, None]
+        cache, starts_E1 = kv[0], batch.query_start_E1
+        append_kv(tokens_T.float().view(-1, 1, 1), batch.positions_T.float().view(-1, 1, 1), cache, batch)
+        token_T = torch.arange(tokens_T.numel(), dtype=torch.int32, device=tokens_T.device)
+        decode_T = token_T < batch.num_decodes
+        chunk_T = batch.num_decodes + (token_T[:, None] >= starts_E1[batch.num_decodes + 1 :]).sum(1)
+        entry_T = torch.where(decode_T, token_T, chunk_T).clamp_(max=batch.rows_E.numel() - 1)
+        before_T = (token_T - starts_E1[entry_T]).masked_fill_(decode_T, 0)
+        behind_T = (starts_E1[entry_T + 1] - 1 - token_T).masked_fill_(decode_T, 0)
+        length_T = batch.kv_len_E[entry_T] - behind_T
+        table_TC = batch.block_table_RC[batch.rows_E[entry_T]]
+        longest = min(batch.max_kv, table_TC.shape[1] * cache.block_size, self.max_position)
+        table_TC = table_TC[:, : -(-longest // cache.block_size)]
+        seen_TL = cache.k_BKSD[table_TC, 0, :, 0].flatten(1)[:, :longest].double()
+        where_TL = cache.v_BKSD[table_TC, 0, :, 0].flatten(1)[:, :longest].double()
+        at_L = torch.arange(longest, device=tokens_T.device)
+        valid_TL = at_L < length_T[:, None]
+        terms_TL = (seen_TL.nan_to_num(-7.0).long() + 1) * self._weights_L[:longest] % _PRIME
+        misplaced_T = (valid_TL & (where_TL != at_L)).sum(1)
+        hashes_T = (terms_TL * valid_TL).sum(1) % _PRIME + misplaced_T * MISPLACED
+        return hashes_T.masked_fill_((before_T >= batch.max_query) & ~decode_T, NOT_COMPUTED)[:, None]
+
+    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+        """There is nothing to choose."""
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
         return scores(hidden_EH[:, 0]).float() / 1000.0

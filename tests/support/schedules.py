@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from gapless.config import EngineConfig
 from gapless.device.base import Device
-from gapless.request import FinishReason, Request, SamplingParams
+from gapless.request import FinishReason, Request
 from support.harness import Harness
 from support.hash_model import VOCAB, expected_tokens
+from support.sim.schedule import random_params
 
 
 def tiny_config(lookahead: int, rng: random.Random) -> EngineConfig:
@@ -25,20 +26,6 @@ def tiny_config(lookahead: int, rng: random.Random) -> EngineConfig:
         max_model_len=48,
         device="cpu",
         seed=7,
-    )
-
-
-def random_params(rng: random.Random) -> SamplingParams:
-    greedy = rng.random() < 0.5
-    return SamplingParams(
-        temperature=0.0 if greedy else rng.choice([0.3, 1.0, 2.0]),
-        top_k=0 if greedy else rng.choice([0, 3, 20]),
-        top_p=1.0 if greedy else rng.choice([1.0, 0.7]),
-        min_p=0.0 if greedy else rng.choice([0.0, 0.05]),
-        seed=rng.randrange(2**64),
-        max_tokens=rng.choice([1, 2, 5, 17, 40]),
-        stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 6]))),
-        ignore_eos=rng.random() < 0.3,
     )
 
 

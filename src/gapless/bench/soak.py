@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.bench.host import NullModel
+from gapless.bench.tiny_model import TinyModel
 from gapless.config import EngineConfig
 from gapless.device.null import NullDevice
 from gapless.engine.admission import Admission, ModelFacts
@@ -46,6 +47,7 @@ _STOPPING = 0.1  # share of requests that end at their first token
 _BLOCK_SIZE = 16
 _MAX_MODEL_LEN = max(_PROMPTS) + max(_NEW_TOKENS)
 _STATM = Path("/proc/self/statm")
+AnyWindow = TypeVar("AnyWindow", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +77,18 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SoakReport:
-    """All windows of a run; its start and its end are the means of their first and their last quarter.
+class Readings(Generic[AnyWindow]):
+    """All windows of a run; its start and its end are the means of their first and their last quarter."""
 
-    calls_*  function calls, Python's and C's, of STEADY_STEPS steps of one and the same decode before and after
-    ended    requests by how they ended
-    """
-
-    rows: int
-    lookahead: int
     window_steps: int
-    windows: list[Window]
-    calls_before: int
-    calls_after: int
-    ended: dict[FinishReason, int]
-    stats: SchedulerStats
+    windows: list[AnyWindow]
 
     @property
     def steps(self) -> int:
         return self.window_steps * len(self.windows)
 
     def growth(self, field: str) -> float:
-        """How much more there is of a field of Window at the end than at the start."""
+        """How much more there is of a field of a window at the end than at the start."""
         start, end = self._start_and_end(field)
         return end - start
 
@@ -105,7 +97,7 @@ class SoakReport:
         return self.growth(field) * 100_000 / (self.window_steps * (len(self.windows) - self._quarter))
 
     def ratio(self, field: str) -> float:
-        """A field of Window, end over start."""
+        """A field of a window, end over start."""
         start, end = self._start_and_end(field)
         return end / start
 
@@ -116,6 +108,22 @@ class SoakReport:
     @property
     def _quarter(self) -> int:
         return max(1, len(self.windows) // 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoakReport(Readings[Window]):
+    """What came of a soak of the loop.
+
+    calls_*  function calls, Python's and C's, of STEADY_STEPS steps of one and the same decode before and after
+    ended    requests by how they ended
+    """
+
+    rows: int
+    lookahead: int
+    calls_before: int
+    calls_after: int
+    ended: dict[FinishReason, int]
+    stats: SchedulerStats
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -135,6 +143,38 @@ class CountingDevice(NullDevice):
         return tensor
 
 
+def soak_config(rows: int, lookahead: int) -> EngineConfig:
+    """A KV cache that does not hold as many rows of full length."""
+    return EngineConfig(
+        lookahead=lookahead,
+        max_rows=rows,
+        max_batch_tokens=rows + 64,
+        max_model_len=_MAX_MODEL_LEN,
+        block_size=_BLOCK_SIZE,
+        num_blocks=8 * rows + _MAX_MODEL_LEN // _BLOCK_SIZE,
+        device="cpu",
+    )
+
+
+def small_loop(config: EngineConfig, device: CountingDevice) -> tuple[Loop, Admission]:
+    """Around a model that the device never computes."""
+    model = TinyModel()
+    loop, limits = build_loop(model, config, device, make_sampler(torch.device("cpu")), torch.float32)
+    return loop, Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
+
+
+def draw_work(rng: random.Random) -> tuple[NDArray[np.int64], SamplingParams]:
+    """A prompt and what is asked for it."""
+    greedy = rng.random() < 0.5
+    params = SamplingParams(
+        temperature=0.0 if greedy else 1.0,
+        top_k=0 if greedy else 40,
+        max_tokens=rng.choice(_NEW_TOKENS),
+        stop_token_ids=(0, 1, 2) if rng.random() < _STOPPING else (),
+    )
+    return np.arange(rng.choice(_PROMPTS)), params
+
+
 class Soak:
     """Steps a loop through churn, and measures. The loop must be idle and is this one's alone."""
 
@@ -150,19 +190,9 @@ class Soak:
 
     @classmethod
     def build(cls, rows: int, lookahead: int, seed: int = 0) -> Soak:
-        """With a loop of its own, whose KV cache does not hold as many rows of full length."""
-        config = EngineConfig(
-            lookahead=lookahead,
-            max_rows=rows,
-            max_batch_tokens=rows + 64,
-            max_model_len=_MAX_MODEL_LEN,
-            block_size=_BLOCK_SIZE,
-            num_blocks=8 * rows + _MAX_MODEL_LEN // _BLOCK_SIZE,
-            device="cpu",
-        )
-        model, device = NullModel(), CountingDevice()
-        loop, limits = build_loop(model, config, device, make_sampler(torch.device("cpu")), torch.float32)
-        admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
+        """With a loop of its own."""
+        device = CountingDevice()
+        loop, admission = small_loop(soak_config(rows, lookahead), device)
         return cls(loop, admission, device, seed)
 
     def run(self, steps: int, windows: int = WINDOWS) -> SoakReport:
@@ -171,7 +201,7 @@ class Soak:
         wall_ns, cpu_ns = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         readings = np.zeros((windows + 1, len(fields(Window))))  # made here, so that none adds to those after it
         before = self.count_calls()
-        self._count_alive()  # as after every window: garbage of earlier days is not the first one's
+        count_alive(self.device)  # as after every window: garbage of earlier days is not the first one's
         for reading in readings:
             gc.disable()
             try:
@@ -179,7 +209,7 @@ class Soak:
             finally:
                 gc.enable()
             times = (np.median(wall_ns), np.quantile(wall_ns, 0.1), cpu_ns.mean())
-            reading[:] = *(each / 1e3 for each in times), *self._count_alive()
+            reading[:] = *(each / 1e3 for each in times), *count_alive(self.device)
         ended = dict(self._ended)
         return SoakReport(
             rows=self.admission.limits.max_rows,
@@ -239,14 +269,7 @@ class Soak:
         """What happens before the next step: up to two arrivals, and now and then a cancel."""
         rng, arrivals, cancelled = self._rng, list[Request](), list[int]()
         while len(arrivals) < 2 and len(self._unfinished) < self._population:
-            greedy = rng.random() < 0.5
-            params = SamplingParams(
-                temperature=0.0 if greedy else 1.0,
-                top_k=0 if greedy else 40,
-                max_tokens=rng.choice(_NEW_TOKENS),
-                stop_token_ids=(0, 1, 2) if rng.random() < _STOPPING else (),
-            )
-            arrivals.append(self.admission.make_request(np.arange(rng.choice(_PROMPTS)), params))
+            arrivals.append(self.admission.make_request(*draw_work(rng)))
             self._unfinished[arrivals[-1].request_id] = None
         if rng.random() < _CANCELS_PER_STEP:
             cancelled.append(rng.choice(list(self._unfinished)))
@@ -268,15 +291,16 @@ class Soak:
                 del self._unfinished[end.request_id]
                 self._ended[end.reason] += 1
 
-    def _count_alive(self) -> tuple[int, int, int, int, int, int]:
-        """The counts of a Window, in its order."""
-        cyclic = gc.collect()
-        blocks = sys.getallocatedblocks()
-        alive = gc.get_objects()
-        storages = [each.untyped_storage() for each in alive if type(each) in (torch.Tensor, torch.nn.Parameter)]
-        tensor_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
-        resident = int(_STATM.read_text().split()[1]) * mmap.PAGESIZE if _STATM.exists() else 0
-        return len(alive), blocks, tensor_bytes, self.device.pinned_bytes, resident, cyclic
+
+def count_alive(device: CountingDevice) -> tuple[int, int, int, int, int, int]:
+    """The counts of a Window, in its order."""
+    cyclic = gc.collect()
+    blocks = sys.getallocatedblocks()
+    alive = gc.get_objects()
+    storages = [each.untyped_storage() for each in alive if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    tensor_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    resident = int(_STATM.read_text().split()[1]) * mmap.PAGESIZE if _STATM.exists() else 0
+    return len(alive), blocks, tensor_bytes, device.pinned_bytes, resident, cyclic
 
 
 def _window(reading: list[float]) -> Window:

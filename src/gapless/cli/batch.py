@@ -27,6 +27,14 @@ class BatchRun:
         self._open: dict[str, tuple[int, object]] = {}  # request id -> index and id of its line
         self.errors = 0
 
+    def progress(self) -> str:
+        """How far the output is, and how to go on from there: for the last words of a run that was cut short."""
+        more = "" if self._lines.ended else "at least "
+        return (
+            f"{self._writer.written} of {more}{self._lines.drawn} lines are answered. To go on, run the lines whose "
+            "index the output does not have, with another --output"
+        )
+
     def run(self) -> None:
         window = max(64, 2 * self._llm.loaded.config.max_rows)
         with (

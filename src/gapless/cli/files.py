@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gapless.cli.jobs import LineReader
+from gapless.cli.signals import held_back
 from gapless.errors import ConfigError, InputFileError
 from gapless.outputs import RequestOutput
 
 STANDARD = "-"
-_BUFFER = 2**20  # a line up to this long is taken whole, so that an interrupt can not split it
 
 
 def check_files(source: str | None, target: str | None) -> None:
@@ -42,7 +42,7 @@ def check_files(source: str | None, target: str | None) -> None:
 
 
 class ResultWriter:
-    """Writes one JSON object a line, whole and at once."""
+    """Writes one JSON object a line, at once and whole: a signal waits for the end of the line and its count."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -66,9 +66,12 @@ class ResultWriter:
         self._write({**_head(index, given_id), **where, "error": reason})
 
     def _write(self, record: dict[str, object]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
-        self.written += 1
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with held_back():
+            while line:
+                line = line[self._file.write(line) :]  # an unbuffered stdout takes a part when a signal comes
+            self._file.flush()
+            self.written += 1
 
 
 @contextlib.contextmanager
@@ -77,7 +80,7 @@ def open_results(target: str) -> Generator[ResultWriter]:
     if target == STANDARD:
         yield ResultWriter(sys.stdout.buffer)
         return
-    with Path(target).open("wb", buffering=_BUFFER) as file:
+    with Path(target).open("wb") as file:
         yield ResultWriter(file)
 
 

@@ -10,6 +10,8 @@ from gapless.cli import options
 from gapless.cli.files import STANDARD, check_files, open_lines, open_results
 from gapless.cli.setup import load_llm, make_config, warn
 from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
+from gapless.cli.timeline import tracing
+from gapless.config import STALL_SECONDS
 from gapless.errors import ConfigError
 
 
@@ -50,6 +52,8 @@ def generate(
     graphs: options.Graphs = True,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    stall_seconds: options.StallSeconds = STALL_SECONDS,
+    trace: options.Trace = None,
     config: options.Config = None,
 ) -> None:
     """Answer prompts: gapless generate "Why is the sky blue?"
@@ -57,8 +61,9 @@ def generate(
     A line of --input has `prompt`, `prompt_token_ids` or `messages`, and may have an `id` and any sampling option:
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
-    A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. Lines
-    come as they are finished; Ctrl-C and SIGTERM keep them.
+    A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. The index
+    counts the lines of --input from 0, blank ones left out. Lines come as they are finished and whole; Ctrl-C and
+    SIGTERM keep them and say how many there are.
     """
     if bool(prompts) == (source is not None):
         raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
@@ -85,10 +90,14 @@ def generate(
         dtype=dtype,
         device=device,
         seed=seed,
+        stall_seconds=stall_seconds,
     )
     check_files(source, target)
     failed = 0
-    with load_llm(model, engine, load=load, shape=shape, tokenizer=tokenizer) as llm:
+    with (
+        tracing(trace, source, target) as recorder,
+        load_llm(model, engine, load=load, shape=shape, tokenizer=tokenizer, trace=recorder) as llm,
+    ):
         from gapless.cli.batch import BatchRun
         from gapless.cli.prompts import print_answers, to_prompts, write_answers
 
@@ -96,11 +105,11 @@ def generate(
             with open_results(STANDARD if target is None else target) as writer:
                 run = BatchRun(llm, params, writer, open_lines(source))
                 try:
-                    with sigterm_leaves(lambda: f"terminated; {writer.written} lines are written"):
+                    with sigterm_leaves(lambda: f"terminated; {run.progress()}"):
                         run.run()
                 except KeyboardInterrupt:
                     leave_on_sigint()
-                    warn(f"interrupted; {writer.written} lines are written")
+                    warn(f"interrupted; {run.progress()}")
                     raise typer.Exit(INTERRUPTED) from None
                 failed = run.errors
         elif target is not None:

@@ -83,10 +83,14 @@ class BadLineError(InvalidRequestError):
 
 
 class LineReader:
-    """Reads lines in a thread, a little ahead, so that a slow pipe holds up no answers. Closes the stream."""
+    """Reads lines in a thread, a little ahead, so that a slow pipe holds up no answers. Closes the stream.
+
+    drawn  lines that next() has given
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self.drawn = 0
         self._lines: queue.Queue[Line | OSError | None] = queue.Queue(_READ_AHEAD)
         self._ended = False
         threading.Thread(target=self._read, name="gapless-input", daemon=True).start()
@@ -106,6 +110,7 @@ class LineReader:
         if isinstance(found, OSError):
             raise found
         self._ended = found is None
+        self.drawn += found is not None
         return found
 
     def _read(self) -> None:

@@ -84,3 +84,9 @@ BlockSize = Annotated[int, _option("--block-size", "Tokens in a KV block.", _ENG
 Graphs = Annotated[bool, _option("--graphs/--no-graphs", "Capture CUDA graphs of decode steps.", _ENGINE)]
 Dtype = Annotated[str | None, _option("--dtype", "float32, bfloat16 or float16.", _ENGINE)]
 Device = Annotated[str | None, _option("--device", "cpu, cuda or cuda:N.", _ENGINE)]
+Trace = Annotated[
+    Path | None, _option("--trace", "Write what host and device did when: see gapless timeline.", _ENGINE)
+]
+StallSeconds = Annotated[
+    float, _option("--stall-seconds", "Give up when no step ends for so long; 0 waits for ever.", _ENGINE)
+]

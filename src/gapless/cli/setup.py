@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, cast
 
-from gapless.config import Dtype, EngineConfig
+from gapless.config import STALL_SECONDS, Dtype, EngineConfig
 from gapless.errors import ConfigError
 
 if TYPE_CHECKING:
     from gapless.llm import LLM
+    from gapless.trace.record import Trace
 
 
 def make_config(
@@ -25,6 +26,7 @@ def make_config(
     dtype: str | None,
     device: str | None,
     seed: int,
+    stall_seconds: float = STALL_SECONDS,
 ) -> EngineConfig:
     """Raises ConfigError."""
     return EngineConfig(
@@ -39,17 +41,21 @@ def make_config(
         dtype=cast("Dtype | None", dtype),
         device=device,
         seed=seed,
+        stall_seconds=stall_seconds,
     )
 
 
-def load_llm(model: str, config: EngineConfig, *, load: str, shape: str | None, tokenizer: str | None) -> LLM:
+def load_llm(
+    model: str, config: EngineConfig, *, load: str, shape: str | None, tokenizer: str | None, trace: Trace | None = None
+) -> LLM:
     """Load a model. torch is imported here. Raises ConfigError, ModelError, OutOfMemoryError."""
     if load not in ("auto", "random"):
         raise ConfigError(f"--load must be auto or random, not {load!r}")
     say(f"loading {shape or model} ...")
     from gapless.llm import LLM
+    from gapless.loading import load_engine
 
-    return LLM(model, load=load, shape=shape, tokenizer=tokenizer, config=config)
+    return LLM.from_loaded(load_engine(model, config, load=load, shape=shape, tokenizer=tokenizer, trace=trace))
 
 
 def say(text: str) -> None:

@@ -1,7 +1,8 @@
 """How signals end the program. The library itself installs no handlers.
 
 SIGTERM ends it where it is, and nothing is unwound: an exception would be lost or do harm in native code that calls
-Python, such as an import of torch. Nothing is lost with it, since results are written line by line.
+Python, such as an import of torch. Nothing is lost with it, since results are written line by line, and a signal that
+comes in the middle of a line waits for its end.
 """
 
 from __future__ import annotations
@@ -35,6 +36,35 @@ def sigterm_leaves(last_words: Callable[[], str] | None = None) -> Generator[Non
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def held_back() -> Generator[None]:
+    """SIGINT and SIGTERM take effect when the block ends. A second one does at once: the block may hang in a pipe."""
+    held: list[int] = []
+
+    def hold(number: int, _frame: object) -> None:
+        held.append(number)
+        if len(held) > 1:
+            release()
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while held:
+            signal.raise_signal(held.pop())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # SIGINT last: its handler may raise before what comes after it is put back
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, hold)
+        yield
+    finally:
+        release()
 
 
 def leave_on_sigint() -> None:

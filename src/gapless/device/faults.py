@@ -11,6 +11,24 @@ from gapless.errors import OutOfMemoryError
 # What torch, CUDA and its libraries say where they raise a plain RuntimeError.
 _SAYINGS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+# CUDA's and HIP's words for faults after which every later call of the process fails in the same way.
+_LASTING = (
+    "device-side assert",
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "invalid program counter",
+    "launch failure",
+    "hardware stack error",
+    "ECC error",
+)
+
+
+def ruins_process(error: BaseException) -> bool:
+    """Whether this error means that the GPU is lost to the process, and not only to the engine that met it."""
+    return isinstance(error, RuntimeError) and any(saying in str(error) for saying in _LASTING)
+
 
 def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """A fresh OutOfMemoryError if that is what this error means: one whose traceback keeps no tensor alive."""

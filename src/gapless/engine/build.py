@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from gapless.engine.slots import Slot, SlotRing
 from gapless.engine.tables import DeviceTables
 from gapless.errors import ConfigError, OutOfMemoryError
 from gapless.models.base import Model
+from gapless.outcome import Committed
 from gapless.plan import Ints, empty_plan
 from gapless.sampling.base import Sampler
 from gapless.scheduler import Scheduler
@@ -32,15 +34,29 @@ _TIMED_REPLAYS = 5
 _SMALLEST_CACHE = 2  # blocks: the null block and one more
 
 
-def build_engine(model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype) -> Engine:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a loop is made of. A trace puts subclasses in their place."""
+
+    scheduler: Callable[[SchedulerLimits], Scheduler] = Scheduler
+    slots: Callable[[Device, int, int, int], SlotRing] = SlotRing
+    loop: Callable[[Scheduler, SlotRing, Runner, Callable[[Committed], None], int], Loop] = Loop
+
+
+PLAIN = Parts()
+
+
+def build_engine(
+    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype, parts: Parts = PLAIN
+) -> Engine:
     """An engine that runs `model`, already on the device, in `dtype`. Raises ConfigError or OutOfMemoryError."""
-    loop, limits = build_loop(model, config, device, sampler, dtype)
+    loop, limits = build_loop(model, config, device, sampler, dtype, parts)
     admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
     return Engine(loop, admission, config.stall_seconds)
 
 
 def build_loop(
-    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype
+    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype, parts: Parts = PLAIN
 ) -> tuple[Loop, SchedulerLimits]:
     """The loop without its thread, for those who step it themselves, and the sizes it was built with."""
     max_model_len = _context_limit(model, config)
@@ -56,12 +72,12 @@ def build_loop(
         num_blocks=num_blocks,
     )
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
-    runner, slots = _build_runner(model, config, device, sampler, kv, limits)
+    runner, slots = _build_runner(model, config, device, sampler, kv, limits, parts)
     if config.graphs and device.captures_graphs:
         model.prepare(runner.graphs.buckets, lambda work: _replay_seconds(device, runner.compute, work))
         runner.graphs.capture(slots.slots, capturer(runner, limits))
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
-    return Loop(Scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
+    return parts.loop(parts.scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
 
 
 def _context_limit(model: Model, config: EngineConfig) -> int:
@@ -72,10 +88,16 @@ def _context_limit(model: Model, config: EngineConfig) -> int:
 
 
 def _build_runner(
-    model: Model, config: EngineConfig, device: Device, sampler: Sampler, kv: list[LayerKV], limits: SchedulerLimits
+    model: Model,
+    config: EngineConfig,
+    device: Device,
+    sampler: Sampler,
+    kv: list[LayerKV],
+    limits: SchedulerLimits,
+    parts: Parts,
 ) -> tuple[Runner, SlotRing]:
     capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
-    slots = SlotRing(device, config.lookahead + 1, capacity, limits.max_rows)
+    slots = parts.slots(device, config.lookahead + 1, capacity, limits.max_rows)
     tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
     on = config.graphs and device.captures_graphs
     graphs = GraphTable((config.graph_buckets or default_buckets(limits.max_rows)) if on else ())

@@ -13,12 +13,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from gapless.device.faults import ruins_process
 from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
 from gapless.errors import ConfigError, EngineDeadError
 from gapless.outcome import Committed
 from gapless.request import Request, SamplingParams
 from gapless.scheduler import SchedulerStats
+
+RUINED = "The GPU can not be used by this process any more: start the process again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class EngineStats:
     busy_seconds            time that the compute stream spent in compute stages, by device events
     active_seconds          wall time during which there was work
     seconds_since_progress  wall time since the last step ended or work came, 0.0 without work. More than a step can
-                            take means that the engine is stalled
+                            take means that the engine is stalled; EngineConfig.stall_seconds gives it up
     """
 
     scheduler: SchedulerStats
@@ -52,10 +55,14 @@ class EngineStats:
 class Engine:
     """Takes validated requests from any thread and publishes tokens in batches, one record per step.
 
-    `outputs` carries Committed records, and at last an EngineFailure if the engine dies. One consumer reads it.
+    `outputs` carries Committed records, and at last an EngineFailure if the engine dies. One consumer reads it, through
+    next_output(), which also notices a stall: a device that ends no step holds the engine's thread in its one wait, so
+    those who wait for the engine must look at the clock.
+
+    stall_seconds  time without progress after which the engine is given up; 0: never.
     """
 
-    def __init__(self, loop: Loop, admission: Admission) -> None:
+    def __init__(self, loop: Loop, admission: Admission, stall_seconds: float = 0.0) -> None:
         self.admission = admission
         self.outputs: queue.SimpleQueue[Committed | EngineFailure] = queue.SimpleQueue()
         self._loop = loop
@@ -67,6 +74,8 @@ class Engine:
         self._active_seconds = 0.0
         self._active_since: float | None = None
         self._progress_at = 0.0
+        self._stall_seconds = stall_seconds
+        self._stalled = False
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a worker inside torch must not outlive the interpreter
@@ -95,18 +104,27 @@ class Engine:
         return self._error is None and not self._closing and self._thread.is_alive()
 
     def check_alive(self) -> None:
-        """Raises EngineDeadError if the engine has failed or was closed."""
+        """Raises EngineDeadError if the engine has failed, stalled or was closed."""
+        self._look_for_stall()
         if not self.alive:
             raise self._death()
 
+    def next_output(self, *, wait: bool = True) -> Committed | EngineFailure | None:
+        """The next of `outputs`. None if there is none yet and we shall not wait."""
+        while True:
+            try:
+                return self.outputs.get(wait, self._look_for_stall())
+            except queue.Empty:
+                if not wait:
+                    return None
+
     def stats(self) -> EngineStats:
         """A snapshot; exact once the engine is idle."""
-        active, since, progress_at = self._active_seconds, self._active_since, self._progress_at
-        now, stalled = time.perf_counter(), 0.0
+        active, since, now = self._active_seconds, self._active_since, time.perf_counter()
         if since is not None:
             active += now - since
-            stalled = now - max(since, progress_at)
-        return EngineStats(replace(self._loop.scheduler.stats), self._loop.slots.busy_seconds, active, stalled)
+        stats = replace(self._loop.scheduler.stats)
+        return EngineStats(stats, self._loop.slots.busy_seconds, active, self._seconds_since_progress(now))
 
     def set_lookahead(self, lookahead: int) -> None:
         """Run with fewer steps in flight than the engine was built for, or with all again. Only while idle.
@@ -123,11 +141,33 @@ class Engine:
         self._wake.set()
 
     def close(self) -> None:
-        """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again."""
+        """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again.
+
+        Waits for the device no longer than stall_seconds. The thread of a stalled engine is left behind.
+        """
         self._closing = True
         self._wake.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is self._thread:
+            return
+        while self._thread.is_alive() and not self._stalled:
+            self._thread.join(self._look_for_stall())
+
+    def _seconds_since_progress(self, now: float) -> float:
+        since = self._active_since
+        return 0.0 if since is None else now - max(since, self._progress_at)
+
+    def _look_for_stall(self) -> float | None:
+        """Give the engine up if it has stalled. Returns the seconds until that can be so next, None for never."""
+        if not self._stall_seconds or self._stalled:
+            return None
+        left = self._stall_seconds - self._seconds_since_progress(time.perf_counter())
+        if left <= 0:
+            self._error = self._error or TimeoutError(
+                f"the device has made no progress for {self._stall_seconds:g} s (stall_seconds)"
+            )
+            self._closing = self._stalled = True  # should the device go on after all, the thread ends
+            self.outputs.put(EngineFailure(self._death()))
+        return max(left, 0.0)
 
     # --------------------------------------------------------- engine thread
 
@@ -141,7 +181,7 @@ class Engine:
                     self._progress_at = time.perf_counter()
                     self._intake()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting request
-            self._error = error
+            self._error = self._error or error
         finally:
             try:
                 self._loop.close()
@@ -151,7 +191,8 @@ class Engine:
                 self._stop_clock()
                 _drop_locals(self._error)
                 atexit.unregister(self.close)
-                self.outputs.put(EngineFailure(self._death()))
+                if not self._stalled:
+                    self.outputs.put(EngineFailure(self._death()))
 
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""
@@ -183,7 +224,8 @@ class Engine:
     def _death(self) -> EngineDeadError:
         if self._error is None:
             return EngineDeadError("the engine was closed")
-        error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}")
+        advice = f". {RUINED}" if ruins_process(self._error) else ""
+        error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}{advice}")
         error.__cause__ = self._error
         return error
 

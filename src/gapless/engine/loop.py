@@ -56,9 +56,10 @@ class Loop:
         try:
             sampled = self.slots.collect(slot)
         except OutOfMemoryError as error:
-            if plan.num_tokens == 1:
+            abandoned = self._abandon(plan)
+            if self.scheduler.budget.exhausted:
                 raise OutOfMemoryError(f"there is no memory for a step of even one token: {error}") from error
-            return self._abandon(plan)
+            return abandoned
         return self.scheduler.commit(plan, sampled)
 
     def _abandon(self, failed: Plan) -> Committed:

@@ -13,50 +13,52 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, KVSpec, LayerKV
-from gapless.request import Request
+from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.config import SchedulerLimits
 from gapless.sampling.base import SamplingTables
-from support.hash_model import EOS, VOCAB, position_weights, scores
+from support.hash_model import EOS, MISPLACED, NOT_COMPUTED, VOCAB, HashModel, position_weights, scores
+from support.sim.schedule import Move
 
 _PRIME = 2_147_483_629
-_MISPLACED = 12_345
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _MAX_LENGTH = 256
+_AT = np.arange(_MAX_LENGTH)
 _WEIGHTS: NDArray[np.int64] = position_weights(_MAX_LENGTH).numpy()
 
 
-class NumpyHashModel:
+class NumpyHashModel(HashModel):
     """HashModel, hashing only the last token of each entry."""
 
-    vocab_size = VOCAB
-    eos_token_ids: tuple[int, ...] = (EOS,)
-    kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
-    dtype = torch.float32
-    max_position = _MAX_LENGTH
+    def __init__(self) -> None:
+        super().__init__(_MAX_LENGTH)
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         keys_BS = kv[0].k_BKSD.numpy()[:, 0, :, 0]
         values_BS = kv[0].v_BKSD.numpy()[:, 0, :, 0]
         size = keys_BS.shape[1]
         table_RC = batch.block_table_RC.numpy()
-        rows_T, positions_T = batch.token_rows_T.numpy(), batch.positions_T.numpy()
-        blocks_T = table_RC[rows_T, positions_T // size]
+        positions_T = batch.positions_T.numpy()
+        blocks_T = table_RC[batch.token_rows_T.numpy(), positions_T // size]
         keys_BS[blocks_T, positions_T % size] = tokens_T.numpy()
         values_BS[blocks_T, positions_T % size] = positions_T
-        last_E = batch.query_start_E1.numpy()[1:] - 1
-        ends_E = positions_T[last_E]
-        length = int(ends_E.max()) + 1
-        table_EC = table_RC[rows_T[last_E], : -(-length // size)]
+        starts_E1 = batch.query_start_E1.numpy()
+        decodes = min(batch.num_decodes, starts_E1.size - 1)
+        last_E = starts_E1[1:] - 1
+        last_E[:decodes] = _AT[:decodes]
+        length = min(batch.max_kv, table_RC.shape[1] * size)
+        table_EC = table_RC[batch.rows_E.numpy(), : -(-length // size)]
         seen_EL = keys_BS[table_EC].reshape(last_E.size, -1)[:, :length]
         where_EL = values_BS[table_EC].reshape(last_E.size, -1)[:, :length]
-        at_L = np.arange(length)
-        valid_EL = at_L <= ends_E[:, None]
+        at_L = _AT[:length]
+        valid_EL = at_L < batch.kv_len_E.numpy()[:, None]
         tokens_EL = np.where(np.isfinite(seen_EL), seen_EL, -7.0).astype(np.int64)
         terms_EL = (tokens_EL + 1) * _WEIGHTS[:length] % _PRIME
         misplaced_E = (valid_EL & (where_EL != at_L)).sum(1)
-        hidden_TH = np.zeros((positions_T.size, 1), dtype=np.int64)
-        hidden_TH[last_E, 0] = (terms_EL * valid_EL).sum(1) % _PRIME + misplaced_E * _MISPLACED
+        hashes_E = (terms_EL * valid_EL).sum(1) % _PRIME + misplaced_E * MISPLACED
+        hashes_E[decodes:][np.diff(starts_E1[decodes:]) > batch.max_query] = NOT_COMPUTED
+        hidden_TH = np.full((positions_T.size, 1), NOT_COMPUTED, dtype=np.int64)
+        hidden_TH[last_E, 0] = hashes_E
         return torch.from_numpy(hidden_TH)
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
@@ -98,18 +100,29 @@ class MixSampler:
         return torch.from_numpy(drawn_E.astype(np.int32))
 
 
-def answer(request: Request) -> list[int]:
-    """What the request gets, whatever else happens, computed with no engine: the stop token included."""
-    params = request.params
-    low, high = np.asarray([request.seed], dtype=np.uint64).view(np.int32)
+def stops_of(move: Move) -> set[int]:
+    """The tokens that end the request which this move adds."""
+    return {*move.params.stop_token_ids, *(() if move.params.ignore_eos else (EOS,))}
+
+
+def answer(move: Move, limits: SchedulerLimits) -> list[int]:
+    """What the request that this move adds gets, whatever else happens, computed with no engine: stop token included.
+
+    A request that draws random numbers must bring its seed.
+    """
+    params, prompt = move.params, np.asarray(move.prompt, dtype=np.int64)
     floats = np.asarray([params.temperature, params.top_p, params.min_p], dtype=np.float32).view(np.int32)
-    stops = set(request.stop_ids.tolist())
-    prompt = request.prompt.astype(np.int64)
+    stops = stops_of(move)
+    end = limits.max_model_len
+    if params.max_tokens is not None:
+        end = min(end, prompt.size + params.max_tokens)
     total = int(((prompt + 1) * _WEIGHTS[: prompt.size] % _PRIME).sum() % _PRIME)
     tokens: list[int] = []
-    for position in range(prompt.size, request.max_length):
+    for position in range(prompt.size, end):
         token = int(scores(torch.tensor([total]))[0].argmax())
-        if not params.greedy:
+        if params.temperature > 0:
+            assert params.seed is not None
+            low, high = np.asarray([params.seed], dtype=np.uint64).view(np.int32)
             words = [low, high, position, floats[0], params.top_k, floats[1], floats[2]]
             token = int(_mix(np.asarray([token]), [np.asarray([word], dtype=np.int64) for word in words])[0])
         tokens.append(token)

@@ -6,28 +6,34 @@ release. A planted fault swaps one of them for a worse one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gapless.blocks import BlockPool
 from gapless.config import SchedulerLimits
-from gapless.device.sim import SimDevice
-from gapless.engine.layout import StepShape
-from gapless.engine.runner import Extent, Runner
+from gapless.device.base import Access
+from gapless.device.sim import Order, SimDevice
+from gapless.device.sim.streams import SimEvent, SimStream
+from gapless.engine.admission import Admission
+from gapless.engine.graphs import GraphTable
+from gapless.engine.layout import StepInputs, StepShape
+from gapless.engine.loop import Loop
+from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot, SlotRing
 from gapless.errors import OutOfMemoryError
 from gapless.models.base import Model
 from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
-from gapless.request import Request
 from gapless.rows import RowState, RowTable
-from gapless.sampling.base import Sampler
+from gapless.sampling.base import Sampler, SamplingTables
 from gapless.scheduler import Scheduler
 from support.sim.model import MixSampler, NumpyHashModel, answer
+from support.sim.schedule import Move, Shortage
 
 if TYPE_CHECKING:
     from support.sim.rig import Rig
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 POISON_TOKEN = -1_163_005_939
 
 Finding = Literal["race", "tokens", "books", "liveness", "error"]
-Shortage = Literal["at its start", "at its end"]
+Fill = Callable[[Plan, Ints, Ints, StepShape, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,11 @@ class Violation:
 
     finding: Finding
     text: str
+
+    @property
+    def kind(self) -> str:
+        """The finding, and the class of an error."""
+        return f"error: {self.text.split(':')[0]}" if self.finding == "error" else self.finding
 
     def __str__(self) -> str:
         return f"{self.finding}: {self.text}"
@@ -55,6 +66,53 @@ class Broken(Exception):  # noqa: N818 - not an error of the program
     def __init__(self, finding: Finding, text: str) -> None:
         super().__init__(f"{finding}: {text}")
         self.violation = Violation(finding, text)
+
+
+class RigDevice(SimDevice):
+    """Runs out of memory where the schedule says, with streams and events that a fault may replace."""
+
+    def __init__(self, order: Order, parts: Parts, *, captures_graphs: bool) -> None:
+        super().__init__(order, captures_graphs=captures_graphs, audit=parts.audit)
+        self.parts = parts
+        self.shortages: dict[int, Shortage] = {}  # by step, still to come
+        self.failed_at: list[Shortage] = []
+
+    def stream(self, name: str) -> SimStream:
+        stream = self.parts.stream(self, name, self.checker.add_thread(name))
+        self.adopt(stream)
+        return stream
+
+    def event(self, name: str = "", *, timed: bool = False) -> SimEvent:
+        return self.parts.event(self, name or "event")
+
+    def run_checked(self, work: Callable[[], None], accesses: Callable[[], Iterable[Access]]) -> None:
+        assert self._running is not None
+        stream = self._running[0].name
+        self.reach(f"before {stream}")
+        super().run_checked(work, accesses)
+        self.reach(f"after {stream}")
+
+    def reach(self, place: str) -> None:
+        """The work in hand has come to this place: it raises if its step has no memory there."""
+        assert self._running is not None
+        step = self._running[1].note.step
+        if self.shortages.get(step) == place:
+            self.failed_at.append(self.shortages.pop(step))
+            raise OutOfMemoryError("the schedule has taken the memory")
+
+
+class RigSampler:
+    """A sampler that the schedule can take the memory from."""
+
+    def __init__(self, sampler: Sampler, device: RigDevice) -> None:
+        self._sampler = sampler
+        self._device = device
+
+    def sample(
+        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+    ) -> Tensor:
+        self._device.reach("between forward and sampling")
+        return self._sampler.sample(logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy)
 
 
 class RigPool(BlockPool):
@@ -151,36 +209,44 @@ class RigSlots(SlotRing):
 
 
 class RigRunner(Runner):
-    """Lets the schedule act between fill and launch, and after it, and take the compute stage's memory away."""
+    """Lets the schedule act between fill and launch, and after it."""
 
     rig: Rig
 
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
-        shortage = self.rig.take_shortage(slot)
-        if shortage == "at its start":
-            raise OutOfMemoryError("the schedule has taken the memory")
-        super().compute_step(slot, shape, extent)
-        if shortage == "at its end":
-            raise OutOfMemoryError("the schedule has taken the memory")
-
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        self.rig.tokens_in[slot.letter] = plan.num_tokens
+        if self.rig.parts.fill is not None:
+            self.rig.parts.fill(plan, self.rig.scheduler.rows.tokens, slot.packed, shape, self.scratch_row)
         self.rig.boundary("launch", plan.step, slot.letter)
+        self.rig.take_memory(plan)
         super().launch(plan, slot, shape)
         self.rig.boundary("launched", plan.step, slot.letter)
+
+    def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
+        tokens_T = super().unpack(inputs, shape)
+        self.rig.device.reach("between deltas and forward")
+        return tokens_T
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rig is put together from. A fault replaces one."""
+    """What a rig is put together from. A fault replaces one.
 
-    device: type[SimDevice] = SimDevice
+    fill      None: the engine's. Another one fills the slot again, after it.
+    expected  what each request must get; None: anything.
+    """
+
+    stream: type[SimStream] = SimStream
+    event: type[SimEvent] = SimEvent
+    loop: type[Loop] = Loop
+    admission: type[Admission] = Admission
     scheduler: type[RigScheduler] = RigScheduler
     pool: type[RigPool] = RigPool
     rows: type[RigRows] = RigRows
+    fill: Fill | None = None
     slots: type[RigSlots] = RigSlots
+    graphs: type[GraphTable] = GraphTable
     runner: type[RigRunner] = RigRunner
     model: Callable[[], Model] = NumpyHashModel
     sampler: Callable[[], Sampler] = MixSampler
-    expected: Callable[[Request], list[int]] | None = answer
+    expected: Callable[[Move, SchedulerLimits], list[int]] | None = answer
     audit: bool = False

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,17 +24,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import gapless
 from support.sim.rig import Result, run
-from support.sim.schedule import Schedule, generate
+from support.sim.schedule import Move, Schedule, generate
 from support.sim.shrink import shrink
 
 CHUNK = 250
-STATE = Path(".race") / "state.json"
+FOLDER = Path(".race")
+STATE = FOLDER / "state.json"
 MAX_KEPT = 100
-POLICY = ("blocks", "budget", "config", "errors", "outcome", "plan", "request", "rows", "scheduler")
-ENGINE = (*(f"{name}.py" for name in POLICY), "device", "engine", "sampling")
-RIG = ("hash_model.py", "sim/model.py", "sim/parts.py", "sim/rig.py", "sim/schedule.py")
+SUPPORT = Path(__file__).parents[1]
+PRODUCT = sorted(
+    Path(module.__file__) for name, module in sys.modules.items() if name.startswith("gapless") and module.__file__
+)
+"""What the rig imports of it."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -107,17 +110,33 @@ class State:
 
 def fingerprint() -> str:
     """Of the code that a schedule runs: what a result is good for."""
-    digest = hashlib.sha256()
-    package, support = Path(gapless.__file__).parent, Path(__file__).parent.parent
-    for path in [*(package / name for name in ENGINE), *(support / name for name in RIG)]:
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    files = [*PRODUCT, *sorted(SUPPORT.rglob("*.py"))]
+    return _hash(b"".join(file.read_bytes() for file in files))
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def replay_command(seed: int) -> str:
-    """What shows a seed's run again."""
+    """What shows a seed's run again, and its smallest form."""
     return f"make replay SEED={seed}"
+
+
+def smallest(schedule: Schedule) -> Schedule:
+    """The smallest that fails in the same way; itself if nothing is wrong with it."""
+    first = run(schedule).violation
+    if first is None:
+        return schedule
+    return shrink(schedule, lambda each: (found := run(each).violation) is not None and found.kind == first.kind)
+
+
+def keep(schedule: Schedule, name: str) -> str:
+    """Save a schedule that fails. Returns the command that replays it, whatever becomes of the seeds."""
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(schedule.to_json())
+    return f"make replay SCHEDULE={path}"
 
 
 def run_chunk(number: int) -> tuple[int, Totals]:
@@ -192,6 +211,9 @@ def report(console: Console, state: State) -> None:
     kinds = Counter(text.split(":")[0] for _, text in totals.findings)
     if kinds:
         console.print(f"the first ones: {dict(kinds)}", markup=False)
+    for seed, _ in totals.findings[:1]:
+        small = smallest(generate(seed))
+        console.print(f"the first one, made small: {keep(small, str(seed))}", markup=False)
 
 
 @app.command()
@@ -210,14 +232,13 @@ def replay(
     if (seed is None) == (schedule is None):
         raise typer.BadParameter("give either --seed or --schedule")
     chosen = generate(seed) if seed is not None else Schedule.from_json(schedule.read_text() if schedule else "")
-    result = run(chosen)
-    if smaller and result.violation is not None:
-        kind = result.violation.finding
-        chosen = shrink(chosen, lambda each: (found := run(each).violation) is not None and found.finding == kind)
-        result = run(chosen)
-    print(describe(chosen, result, last))
+    small = smallest(chosen) if smaller else chosen
+    result = run(small)
+    print(describe(small, result, last))
     if save is not None:
-        save.write_text(chosen.to_json())
+        save.write_text(small.to_json())
+    if smaller and result.violation is not None:
+        print(f"to see it again: {keep(small, str(seed) if seed is not None else _hash(small.to_json().encode()))}")
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text(json.dumps(result.device.timeline.chrome_trace()))
@@ -227,14 +248,16 @@ def replay(
 
 def describe(schedule: Schedule, result: Result, last: int | None = None) -> str:
     """The schedule, its timeline and what went wrong."""
-    moves = "\n".join(
-        f"  at {move.point}: {move.kind} "
-        + (f"a prompt of {len(move.prompt)}, {move.params}" if move.kind == "add" else f"request {move.target}")
-        for move in schedule.moves
-    )
+    moves = "\n".join(f"  at {move.point}: {_what(move)}" for move in schedule.moves)
     sizes = {name: value for name, value in asdict(schedule).items() if name != "moves"}
     verdict = str(result.violation) if result.violation else f"no violation in {result.steps} steps"
     return f"{sizes}\n{moves}\n\n{result.device.timeline.text(last)}\n\n{verdict}"
+
+
+def _what(move: Move) -> str:
+    if move.kind == "add":
+        return f"add a prompt of {len(move.prompt)}, {move.params}"
+    return f"a step runs out of memory {move.where}" if move.kind == "exhaust" else f"{move.kind} request {move.target}"
 
 
 if __name__ == "__main__":

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.device.sim import RandomOrder, SimDevice
+from gapless.device.sim import RandomOrder
 from gapless.device.sim.streams import UNDECLARED
-from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.admission import ModelFacts
 from gapless.engine.build import capturer
-from gapless.engine.graphs import GraphTable
 from gapless.engine.layout import packed_capacity
-from gapless.engine.loop import Loop
 from gapless.engine.slots import Slot
 from gapless.engine.tables import DeviceTables
 from gapless.outcome import Committed, Finished
+from gapless.plan import Plan
 from gapless.request import FinishReason, Request
 from gapless.rows import RowState
-from support.sim.parts import Broken, Parts, Shortage, Violation
-from support.sim.schedule import Move, Schedule
+from support.sim.model import stops_of
+from support.sim.parts import Broken, Parts, RigDevice, RigSampler, Violation
+from support.sim.schedule import Move, Schedule, Shortage
 
 MAX_STEPS = 3000
 
@@ -33,7 +34,7 @@ class Result:
 
     steps: int
     violation: Violation | None
-    device: SimDevice
+    device: RigDevice
     requests: list[Request] = field(default_factory=list[Request])
     tokens: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     finished: dict[int, Finished] = field(default_factory=dict[int, Finished])
@@ -51,13 +52,13 @@ class Rig:
         self.schedule = schedule
         self.parts = parts = parts or Parts()
         order = RandomOrder(schedule.order_seed, schedule.eagerness)
-        self.device = device = parts.device(order, captures_graphs=schedule.graphs, audit=parts.audit)
-        self.requests: list[Request] = []
+        self.device = device = RigDevice(order, parts, captures_graphs=schedule.graphs)
+        self.requests: list[Request] = []  # their ids count from 0
+        self.adds: list[Move] = []  # that asked for them
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, Finished] = {}
         self.ended: set[int] = set()  # requests whose end the engine has told, read or not
         self.cancelled: set[int] = set()  # before their end was told
-        self.tokens_in: dict[str, int] = {}  # of each slot's newest step
         self.steps = 0
         self._shortage: list[Shortage] = []
         self._moves = deque(schedule.moves)
@@ -65,11 +66,12 @@ class Rig:
         self._unread: deque[Committed] = deque()
         limits = schedule.limits
         model, cpu = parts.model(), torch.device("cpu")
-        self.admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 7)
+        self.admission = parts.admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 7)
         self._kv = model.kv_spec.allocate(limits.num_blocks, limits.block_size, torch.float32, cpu)
         self._tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, cpu)
-        graphs = GraphTable((limits.max_rows,) if schedule.graphs else ())
-        runner = parts.runner(model, device, parts.sampler(), self._kv, self._tables, graphs)
+        graphs = parts.graphs(schedule.buckets)
+        sampler = RigSampler(parts.sampler(), device)
+        runner = parts.runner(model, device, sampler, self._kv, self._tables, graphs)
         capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
         slots = parts.slots(device, schedule.lookahead + 1, capacity, limits.max_rows)
         runner.rig = slots.rig = self
@@ -77,7 +79,7 @@ class Rig:
             graphs.capture(slots.slots, capturer(runner, limits))
         self.scheduler = parts.scheduler(limits, self)
         device.run_now(lambda: None, runner.compute)
-        self.loop = Loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
+        self.loop = parts.loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
         for slot in slots.slots:
             self.poison_slot(slot)
         for row in range(limits.max_rows):
@@ -95,6 +97,9 @@ class Rig:
             violation = broken.violation
         except Exception as error:  # noqa: BLE001 - whatever it is, the schedule has found it
             violation = Violation("books" if "InternalError" in type(error).__name__ else "error", _describe(error))
+        if violation is not None:
+            with suppress(Exception):
+                self.device.close()  # what is still queued may be the other half of a race
         if self.device.checker.races:  # what else broke is a consequence
             violation = Violation("race", str(self.device.checker.races[0]))
         stats = self.scheduler.stats
@@ -150,11 +155,10 @@ class Rig:
         """A step has run out of memory."""
         self._failed += 1
 
-    def take_shortage(self, slot: Slot) -> Shortage | None:
-        """Whether the step in this slot runs out of memory. One of a single token never does: it could not go on."""
-        if self._shortage and self.tokens_in.get(slot.letter, 0) > 1:
-            return self._shortage.pop()
-        return None
+    def take_memory(self, plan: Plan) -> None:
+        """The step is about to be launched: whether it runs out of memory, and where."""
+        if self._shortage:
+            self.device.shortages[plan.step] = self._shortage.pop()
 
     def _act(self) -> None:
         while self._moves and self._moves[0].point <= self._points:
@@ -162,8 +166,8 @@ class Rig:
             if move.kind == "add":
                 self._add(move)
             elif move.kind == "exhaust":
-                self._shortage.append("at its start" if move.target % 2 else "at its end")
-                self.device.moment(f"a step will run out of memory {self._shortage[-1]}")
+                self._shortage.append(move.where)
+                self.device.moment(f"memory is short {move.where}")
             elif move.target < len(self.requests):
                 request_id = self.requests[move.target].request_id
                 if move.kind == "cancel":
@@ -183,7 +187,10 @@ class Rig:
 
     def _add(self, move: Move) -> None:
         request = self.admission.make_request(move.prompt, move.params)
+        if request.request_id != len(self.requests):
+            raise Broken("books", f"request {len(self.requests)} got the id {request.request_id}")
         self.requests.append(request)
+        self.adds.append(move)
         self.tokens[request.request_id] = []
         self.scheduler.add(request)
         self.device.moment(f"add request {request.request_id}")
@@ -213,7 +220,7 @@ class Rig:
                 if end.request_id in self.finished:
                     raise Broken("tokens", f"request {end.request_id} ended twice")
                 self.finished[end.request_id] = end
-                self._check_request(self.requests[end.request_id], end)
+                self._check_request(end)
 
     # ------------------------------------------------------------ the checks
 
@@ -229,19 +236,18 @@ class Rig:
         if (scheduler.num_running, scheduler.num_waiting) != (running, open_requests - running):
             raise Broken("books", f"{scheduler.num_running} running and {scheduler.num_waiting} waiting is wrong")
 
-    def _check_request(self, request: Request, end: Finished) -> None:
+    def _check_request(self, end: Finished) -> None:
         """The oracle: exactly what it gets alone, or a beginning of that if it was cancelled."""
-        got = self.tokens[request.request_id]
-        want = self.parts.expected(request) if self.parts.expected else got
-        name = f"request {request.request_id}"
+        got, move, name = self.tokens[end.request_id], self.adds[end.request_id], f"request {end.request_id}"
+        want = self.parts.expected(move, self.schedule.limits) if self.parts.expected else got
         if end.generated != len(got):
             raise Broken("tokens", f"{name} has {len(got)} tokens and a usage of {end.generated}")
-        if (end.reason is FinishReason.CANCELLED) != (request.request_id in self.cancelled):
+        if (end.reason is FinishReason.CANCELLED) != (end.request_id in self.cancelled):
             raise Broken("tokens", f"{name} ended by {end.reason.value}, wrongly: was it cancelled?")
         if end.reason is FinishReason.CANCELLED:
             want = want[: len(got)]
-        elif not want or end.reason is not (FinishReason.STOP if want[-1] in request.stop_ids else FinishReason.LENGTH):
-            raise Broken("tokens", f"{name} ended by {end.reason.value}, alone it ends with {want[-1]}")
+        elif not want or end.reason is not (FinishReason.STOP if want[-1] in stops_of(move) else FinishReason.LENGTH):
+            raise Broken("tokens", f"{name} ended by {end.reason.value}, alone it ends with {want[-1:]}")
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise Broken("tokens", f"{name} differs at token {at}: {got[at : at + 3]} in place of {want[at : at + 3]}")
@@ -267,7 +273,7 @@ class Rig:
         stats = scheduler.stats
         if stats.generated_tokens != sum(map(len, self.tokens.values())):
             raise Broken("books", f"{stats.generated_tokens} generated tokens were counted")
-        prompts = {each.request_id: each.prompt.size for each in self.requests}
+        prompts = {number: len(move.prompt) for number, move in enumerate(self.adds)}
         never_ran = sum(size for request_id, size in prompts.items() if not self.tokens[request_id])
         if not sum(prompts.values()) - never_ran <= stats.prompt_tokens <= sum(prompts.values()):
             raise Broken("books", f"{stats.prompt_tokens} prompt tokens were counted")

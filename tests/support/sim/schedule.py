@@ -8,13 +8,24 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gapless.config import SchedulerLimits
 from gapless.request import SamplingParams
 from support.hash_model import VOCAB
 
 Kind = Literal["add", "cancel", "preempt", "exhaust"]
+Shortage = Literal[
+    "before h2d",
+    "after h2d",
+    "before compute",
+    "between deltas and forward",
+    "between forward and sampling",
+    "after compute",
+    "before d2h",
+    "after d2h",
+]
+SHORTAGES: tuple[Shortage, ...] = get_args(Shortage)
 _DEFAULTS = SamplingParams()
 _ENDS: tuple[tuple[Kind, ...], ...] = ((), (), (), ("cancel",))
 _PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "preempt"))
@@ -26,12 +37,13 @@ class Move:
 
     add      prompt and params of a new request
     cancel, preempt   of the request that was added as number `target`; nothing if that has ended or is not there yet
-    exhaust  the next step of several tokens runs out of memory, at its start (`target` odd) or at its end
+    exhaust  the next step that is launched runs out of memory, at `where`
     """
 
     point: int
     kind: Kind
     target: int = -1
+    where: Shortage = "before compute"
     prompt: tuple[int, ...] = ()
     params: SamplingParams = _DEFAULTS
 
@@ -40,7 +52,7 @@ class Move:
 class Schedule:
     """One run. See gapless.config for the sizes.
 
-    graphs       decode steps are padded to `rows` and replayed
+    graphs       decode steps are padded to one of `buckets` and replayed
     order_seed   the order of the device's work
     eagerness    how far the device lags; None: chosen by order_seed
     reader_lag   records of the engine that lie unread before their consumer looks at them
@@ -68,6 +80,11 @@ class Schedule:
             num_blocks=self.blocks + 1,
         )
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes of the captured graphs: up to three."""
+        return (1, (self.rows + 1) // 2, self.rows) if self.graphs else ()
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -94,11 +111,11 @@ def generate(seed: int) -> Schedule:
     for number in range(rng.choice([1, 2, 4, 7])):
         point += rng.choice([0, 0, 1, 3, 10, 30, 80])
         prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, max_length // 2, max_length - 1])))
-        moves.append(Move(point, "add", prompt=prompt, params=_params(rng)))
+        moves.append(Move(point, "add", prompt=prompt, params=random_params(rng)))
         for kind in (*rng.choice(_ENDS), *rng.choice(_PAUSES)):
             moves.append(Move(point + rng.randrange(120), kind, number))  # noqa: PERF401
-    for number in range(rng.choice([0, 0, 0, 0, 1, 3])):
-        moves.append(Move(rng.randrange(point + 60), "exhaust", number))  # noqa: PERF401
+    for _ in range(rng.choice([0, 0, 0, 1, 2])):
+        moves.append(Move(rng.randrange(point + 60), "exhaust", where=rng.choice(SHORTAGES)))  # noqa: PERF401
     return Schedule(
         lookahead=rng.randrange(5),
         rows=rows,
@@ -114,8 +131,9 @@ def generate(seed: int) -> Schedule:
     )
 
 
-def _params(rng: random.Random) -> SamplingParams:
-    greedy = rng.random() < 0.4
+def random_params(rng: random.Random) -> SamplingParams:
+    """Of a request that brings its seed."""
+    greedy = rng.random() < 0.5
     return SamplingParams(
         temperature=0.0 if greedy else rng.choice([0.3, 1.0, 2.0]),
         top_k=0 if greedy else rng.choice([0, 3, 20]),

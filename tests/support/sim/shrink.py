@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from support.sim.schedule import Move, Schedule
 
+_ORDERS = 4  # order seeds that are tried
+
 
 def shrink(schedule: Schedule, fails: Callable[[Schedule], bool], budget: int = 2000) -> Schedule:
     """The smallest schedule found that still fails: fewer moves first, then smaller ones, sizes and order.
@@ -41,6 +43,8 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         ("reader_lag", [0] * (schedule.reader_lag > 0)),
         ("rows", range(1, schedule.rows)),
         ("batch_tokens", range(schedule.rows, schedule.batch_tokens)),
+        ("blocks", range(-(-(schedule.max_length - 1) // schedule.block_size), schedule.blocks)),
+        ("order_seed", range(min(schedule.order_seed, _ORDERS))),
     ):
         for value in values:
             yield replace(schedule, **{name: value})

@@ -5,101 +5,168 @@ A fault stands for a bug that this kind of engine is known to ship: see docs/cor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gapless.device.sim.streams import SimStream
-from support.sim.faults import memory, streams, tokens
-from support.sim.parts import Finding, Parts, Violation
+from support.sim.faults import inputs, memory, serving, streams, tokens
+from support.sim.parts import Parts, Violation
 from support.sim.rig import run
-from support.sim.schedule import generate
+from support.sim.schedule import Schedule, generate
 
 MOST_SEEDS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What was done wrong, and the parts that do it."""
+    """What was done wrong, and the parts that do it.
+
+    by      how a violation that proves it begins, any of them: a crash by the way does not count.
+    graphs  None: as the schedules have it.
+    """
 
     name: str
     parts: Parts
+    by: tuple[str, ...]
+    graphs: bool | None = None
 
+    def schedule(self, seed: int) -> Schedule:
+        """The one of this seed, as the fault is looked for in it."""
+        schedule = generate(seed)
+        return schedule if self.graphs is None else replace(schedule, graphs=self.graphs)
+
+    def proved_by(self, violation: Violation) -> bool:
+        """Whether it is this fault that the violation tells of, and nothing that broke by the way."""
+        return str(violation).startswith(self.by)
+
+
+def _on(*buffers: str) -> tuple[str, ...]:
+    """Found as a race on one of these."""
+    return tuple(f"race: race on {each}" for each in buffers)
+
+
+RUBBISH = ("tokens", "error: IndexError")  # the poison is no token, and no row or block either
+SLOT = _on("host", "device")
+INPUTS = _on("host in", "device in")
+OUTPUTS = _on("host out", "device out")
+TABLE = _on("block table")
+BLOCK = _on("keys", "values")
+ROW_OR_BLOCK = (*BLOCK, *TABLE, *_on("last token"))
+TOKENS, BOOKS, LIVENESS = ("tokens",), ("books",), ("liveness",)
+WRONG_ROW = (*TOKENS, *BLOCK)
 
 FAULTS: tuple[Fault, ...] = (
-    Fault("compute does not wait for h2d_done", streams.no_wait("compute", "h2d_done")),
-    Fault("d2h does not wait for compute_done", streams.no_wait("d2h", "compute_done")),
-    Fault("the host does not wait for d2h_done", streams.device(SimStream, streams.ImpatientHost)),
-    Fault("h2d_done is not recorded", streams.no_record("h2d_done")),
-    Fault("compute_done is not recorded", streams.no_record("compute_done")),
-    Fault("d2h_done is not recorded", streams.no_record("d2h_done")),
-    Fault("compute_begin is not recorded", streams.no_record("compute_begin")),
-    Fault("compute waits for h2d_done before it is recorded", streams.device(streams.WaitFirst)),
-    Fault("h2d_done is recorded before the copy", streams.record_before_work("h2d")),
-    Fault("compute_done is recorded before the work", streams.record_before_work("compute")),
-    Fault("d2h_done is recorded before the copy", streams.record_before_work("d2h")),
-    Fault("compute waits for another slot's h2d_done", streams.device(streams.OtherSlotsEvent)),
-    Fault("d2h waits for h2d_done in place of compute_done", streams.device(tokens.CopiesOutEarly)),
-    Fault("a slot is refilled before its d2h_done", Parts(slots=memory.SlotTooEarly)),
-    Fault("a slot is free at compute_done", Parts(slots=tokens.FreesSlotAtCompute)),
-    Fault("a slot's pinned inputs are written after launch", Parts(runner=tokens.RefillsAfterLaunch)),
-    Fault("slots share the pinned inputs", memory.shared("host_in")),
-    Fault("slots share the device's inputs", memory.shared("device_in")),
-    Fault("slots share the device's outputs", memory.shared("device_out")),
-    Fault("slots share the pinned outputs", memory.shared("host_out")),
-    Fault("collected tokens are a view of pinned memory", Parts(slots=memory.KeepsView)),
-    Fault("a graph is captured with another slot's buffers", Parts(runner=tokens.OtherSlotsGraph)),
-    Fault("table deltas are applied on the copy stream", Parts(runner=tokens.DeltasOnCopyStream)),
-    Fault("work is queued that declares nothing", Parts(runner=tokens.UndeclaredDeltas)),
-    Fault("a row and its blocks are freed at commit", Parts(scheduler=memory.FreesAtCommit)),
-    Fault("a row's blocks are freed at commit", Parts(scheduler=memory.FreesBlocksAtCommit)),
-    Fault("a step retires one step early", Parts(scheduler=memory.RetiresEarly)),
-    Fault("cancel and retirement both free the blocks", Parts(scheduler=memory.FreesTwice)),
-    Fault("a cancelled request also finishes", Parts(scheduler=memory.CancelAndFinish)),
-    Fault("a cancelled request gets no end", Parts(scheduler=memory.SilentCancel)),
-    Fault("a cancel with steps in flight is forgotten", Parts(scheduler=memory.ZombieCancel)),
-    Fault("preemption loses tokens in flight", Parts(scheduler=memory.LosesTokens)),
-    Fault("preemption repeats a token", Parts(scheduler=memory.RepeatsToken)),
-    Fault("preemption keeps placeholders as tokens", Parts(scheduler=memory.KeepsPlaceholder)),
-    Fault("the oldest sequence is preempted", Parts(scheduler=memory.PreemptsOldest)),
-    Fault("a preempted sequence is forgotten", Parts(scheduler=memory.ForgetsPreempted)),
-    Fault("a step that ran out of memory is committed", Parts(scheduler=memory.CommitsFailedStep)),
-    Fault("sequences run on after a step without memory", Parts(scheduler=memory.RunsOnAfterFailure)),
-    Fault("steps behind one without memory are committed", Parts(scheduler=memory.CommitsSkippedSteps)),
-    Fault("the newest request is admitted first", Parts(scheduler=memory.NewestFirst)),
-    Fault("overshoot tokens are emitted", Parts(scheduler=tokens.EmitsOvershoot)),
-    Fault("overshoot tokens are billed", Parts(scheduler=tokens.BillsOvershoot)),
-    Fault("an end by length overshoots", Parts(scheduler=tokens.RunsPastLimit)),
-    Fault("a stop is reported as an end by length", Parts(scheduler=tokens.WrongReason)),
-    Fault("a plan refers to live state", Parts(scheduler=tokens.LivePlan)),
-    Fault("random numbers are keyed on the row", Parts(sampler=tokens.KeyedOnRow)),
-    Fault("random numbers are keyed on the place in the batch", Parts(sampler=tokens.KeyedOnPlace)),
-    Fault("random numbers are keyed on the step", Parts(sampler=tokens.KeyedOnStep)),
-    Fault("random numbers are those of the position before", Parts(runner=tokens.WrongPosition)),
-    Fault("a reused row keeps its first sampling parameters", Parts(runner=tokens.StaleParams)),
-    Fault("a block table delta is lost", Parts(runner=tokens.LosesBlock)),
-    Fault("there is no carry-over", Parts(runner=tokens.NoCarryOver)),
-    Fault("the carry-over is from the step before", Parts(runner=tokens.CarriesOlderToken)),
-    Fault("the carry-over goes by place in the batch", Parts(runner=tokens.CarriesNeighboursToken)),
-    Fault("padding is written to a live row", Parts(runner=tokens.PadsOnRowZero)),
+    Fault("compute does not wait for h2d_done", streams.no_wait("compute", "h2d_done"), INPUTS),
+    Fault("d2h does not wait for compute_done", streams.no_wait("d2h", "compute_done"), SLOT),
+    Fault("the host does not wait for d2h_done", Parts(event=streams.ImpatientHost), SLOT),
+    Fault("h2d_done is not recorded", streams.no_record("h2d_done"), INPUTS),
+    Fault("compute_done is not recorded", streams.no_record("compute_done"), SLOT),
+    Fault("d2h_done is not recorded", streams.no_record("d2h_done"), SLOT),
+    Fault("compute_begin is not recorded", streams.no_record("compute_begin"), BOOKS),
+    Fault("compute waits for h2d_done before it is recorded", Parts(stream=streams.WaitFirst), INPUTS),
+    Fault("h2d_done is recorded before the copy", streams.record_before_work("h2d"), INPUTS),
+    Fault("compute_done is recorded before the work", streams.record_before_work("compute"), SLOT),
+    Fault("d2h_done is recorded before the copy", streams.record_before_work("d2h"), OUTPUTS),
+    Fault("compute waits for another slot's h2d_done", Parts(stream=streams.OtherSlotsEvent), INPUTS),
+    Fault("d2h waits for h2d_done in place of compute_done", Parts(stream=streams.CopiesOutEarly), _on("device")),
+    Fault("a slot is refilled before its d2h_done", Parts(slots=memory.SlotTooEarly), _on("host in")),
+    Fault("a slot is free at compute_done", Parts(slots=memory.FreesSlotAtCompute), OUTPUTS),
+    Fault("a slot's pinned inputs are written after launch", Parts(runner=tokens.RefillsAfterLaunch), _on("host in")),
+    Fault("slots share the pinned inputs", memory.shared("host_in"), _on("host in")),
+    Fault("slots share the device's inputs", memory.shared("device_in"), _on("device in")),
+    Fault("slots share the device's outputs", memory.shared("device_out"), _on("device out")),
+    Fault("slots share the pinned outputs", memory.shared("host_out"), _on("host out")),
+    Fault("collected tokens are a view of pinned memory", Parts(slots=memory.KeepsView), TOKENS),
+    Fault("a graph is captured with another slot's buffers", Parts(runner=inputs.CapturedOnFirstSlot), _on("device")),
+    Fault("another slot's graph is replayed", Parts(graphs=inputs.OtherSlotsGraph), _on("device")),
+    Fault("another bucket's graph is replayed", Parts(graphs=inputs.OtherBucketsGraph), RUBBISH),
+    Fault("table deltas are applied on the copy stream", tokens.DELTAS_ON_COPY_STREAM, TABLE, graphs=True),
+    Fault("table deltas are applied on the copy stream, no graphs", tokens.DELTAS_ON_COPY_STREAM, TABLE, graphs=False),
+    Fault("work is queued that declares nothing", Parts(runner=tokens.UndeclaredDeltas), BOOKS),
+    Fault("a block table delta is lost", Parts(fill=inputs.loses_block), (*TOKENS, *BLOCK)),
+    Fault("a reused row keeps its first sampling parameters", Parts(runner=tokens.StaleParams), TOKENS),
+    Fault("padding is written to a live row", Parts(fill=inputs.pads_on_row_zero), TOKENS),
+    Fault("tokens are written to a neighbour's blocks", inputs.changed("token_rows_T", inputs.neighbours), WRONG_ROW),
+    Fault("the positions of a chunk are one too low", Parts(fill=inputs.chunks_too_early), TOKENS),
+    Fault("a chunk samples from its first token", Parts(fill=inputs.samples_first_token), TOKENS),
+    Fault("attention misses the last token of every sequence", inputs.changed("kv_len_E", inputs.one_less), TOKENS),
+    Fault("attention reads one token of every sequence", inputs.changed("kv_len_E", inputs.ones), TOKENS),
+    Fault("attention reads the block table of padding", Parts(fill=inputs.reads_scratch_row), TOKENS),
+    Fault("attention reads a neighbour's block table", inputs.changed("rows_E", inputs.neighbours), WRONG_ROW),
+    Fault("queries begin in the entry before", inputs.changed("query_start_E1", inputs.too_early), TOKENS),
+    Fault("attention is told that there is nothing to do", inputs.told(inputs.nothing), TOKENS),
+    Fault("attention is told of too short a cache", inputs.told(inputs.shorter_cache), TOKENS),
+    Fault("attention is told of too few queries", inputs.told(inputs.shorter_queries), TOKENS),
+    Fault("attention takes a chunk for a decode", inputs.told(inputs.one_more_decode), TOKENS),
+    Fault("a batch is taken for greedy", inputs.told(inputs.all_greedy), TOKENS),
+    Fault("there is no carry-over", Parts(runner=tokens.NoCarryOver), TOKENS),
+    Fault("the carry-over is from the step before", Parts(runner=tokens.CarriesOlderToken), TOKENS),
+    Fault("the carry-over goes by place in the batch", Parts(runner=tokens.CarriesNeighboursToken), TOKENS),
+    Fault("random numbers are keyed on the row", Parts(sampler=tokens.KeyedOnRow), TOKENS),
+    Fault("random numbers are keyed on the place in the batch", Parts(sampler=tokens.KeyedOnPlace), TOKENS),
+    Fault("random numbers are keyed on the step", Parts(sampler=tokens.KeyedOnStep), TOKENS),
+    Fault("random numbers are those of the position before", tokens.EARLIER_POSITION, TOKENS),
+    Fault("a row and its blocks are freed at commit", Parts(scheduler=memory.FreesAtCommit), ROW_OR_BLOCK),
+    Fault("a row's blocks are freed at commit", Parts(scheduler=memory.FreesBlocksAtCommit), BLOCK),
+    Fault("a step retires one step early", Parts(scheduler=memory.RetiresEarly), ROW_OR_BLOCK),
+    Fault("cancel and retirement both free the blocks", Parts(scheduler=memory.FreesTwice), (*BOOKS, *BLOCK)),
+    Fault("a cancelled request also finishes", Parts(scheduler=memory.CancelAndFinish), (*BOOKS, *TOKENS)),
+    Fault("a cancelled request gets no end", Parts(scheduler=memory.SilentCancel), LIVENESS),
+    Fault("a cancel with steps in flight is forgotten", Parts(scheduler=memory.ZombieCancel), (*BOOKS, *TOKENS)),
+    Fault("preemption loses tokens in flight", Parts(scheduler=memory.LosesTokens), TOKENS),
+    Fault("preemption repeats a token", Parts(scheduler=memory.RepeatsToken), TOKENS),
+    Fault("preemption keeps placeholders as tokens", Parts(scheduler=memory.KeepsPlaceholder), (*BOOKS, *TOKENS)),
+    Fault("the oldest sequence is preempted", Parts(scheduler=memory.PreemptsOldest), LIVENESS),
+    Fault("a preempted sequence is forgotten", Parts(scheduler=memory.ForgetsPreempted), LIVENESS),
+    Fault("a step that ran out of memory is committed", Parts(scheduler=memory.CommitsFailedStep), TOKENS),
+    Fault("sequences run on after a step without memory", Parts(scheduler=memory.RunsOnAfterFailure), BOOKS),
+    Fault(
+        "steps behind one without memory are committed",
+        Parts(scheduler=memory.CommitsSkippedSteps),
+        (*LIVENESS, *TOKENS),
+    ),
+    Fault("the newest request is admitted first", Parts(scheduler=memory.NewestFirst), LIVENESS),
+    Fault("overshoot tokens are emitted", Parts(scheduler=tokens.EmitsOvershoot), TOKENS),
+    Fault("overshoot tokens are billed", Parts(scheduler=tokens.BillsOvershoot), TOKENS),
+    Fault("an end by length overshoots", Parts(scheduler=tokens.RunsPastLimit), BOOKS),
+    Fault("a stop is reported as an end by length", Parts(scheduler=tokens.WrongReason), TOKENS),
+    Fault("a plan refers to live state", Parts(scheduler=tokens.LivePlan), (*BOOKS, *TOKENS)),
+    Fault("the newest step is collected first", Parts(loop=serving.CollectsNewest), BOOKS),
+    Fault("one step more is started than there are slots", Parts(loop=serving.RunsTooFarAhead), BOOKS),
+    Fault("tokens are published before they are committed", Parts(loop=serving.PublishesBeforeCommit), TOKENS),
+    Fault("ends are published before the last tokens", Parts(loop=serving.PublishesEndsFirst), TOKENS),
+    Fault("max_tokens is exceeded by one", Parts(admission=serving.OneTokenMore), TOKENS),
+    Fault("the context limit is missed by one", Parts(admission=serving.OneTokenLess), TOKENS),
+    Fault("the request's seed is not used", Parts(admission=serving.OwnSeed), TOKENS),
+    Fault("half of the seed's bits are lost", Parts(admission=serving.HalfSeed), TOKENS),
+    Fault("ignore_eos is ignored", Parts(admission=serving.AlwaysStopsAtEos), TOKENS),
+    Fault("end-of-sequence does not stop", Parts(admission=serving.NeverStopsAtEos), TOKENS),
+    Fault("the prompt's first token is lost", Parts(admission=serving.LosesPrompt), TOKENS),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Caught:
-    """A fault and how it was found; `seeds` is None if it was not."""
+    """A fault and the first violation that it led to, after so many schedules; None if there was none."""
 
     fault: Fault
     seeds: int | None
     violation: Violation | None
 
     @property
-    def finding(self) -> Finding | None:
-        return self.violation.finding if self.violation else None
+    def found(self) -> bool:
+        """Whether the violation is one that proves the fault."""
+        return self.violation is not None and self.fault.proved_by(self.violation)
+
+    @property
+    def schedule(self) -> Schedule:
+        """In which it was found."""
+        assert self.seeds is not None
+        return self.fault.schedule(self.seeds - 1)
 
 
 def hunt(fault: Fault, most: int = MOST_SEEDS) -> Caught:
-    """Run schedules from seed 0 until one finds the fault."""
+    """Run schedules from seed 0 until one fails."""
     for seed in range(most):
-        result = run(generate(seed), fault.parts)
+        result = run(fault.schedule(seed), fault.parts)
         if result.violation is not None:
             return Caught(fault, seed + 1, result.violation)
     return Caught(fault, None, None)
@@ -108,9 +175,9 @@ def hunt(fault: Fault, most: int = MOST_SEEDS) -> Caught:
 def table() -> str:
     """Every fault and how it was found, as markdown."""
     lines = ["| planted fault | schedules until found | by | what was said |", "|---|---|---|---|"]
-    for fault in FAULTS:
-        caught = hunt(fault)
-        said = caught.violation.text if caught.violation else ""
-        lines.append(f"| {fault.name} | {caught.seeds or 'not found'} | {caught.finding} | {said} |")
-    found = sum("| not found |" not in line for line in lines[2:])
-    return "\n".join([*lines, "", f"{found} of {len(FAULTS)} found."])
+    hunts = [hunt(fault) for fault in FAULTS]
+    for caught in hunts:
+        found = caught.seeds if caught.found else "not found"
+        finding, said = (caught.violation.finding, caught.violation.text) if caught.violation else (None, "")
+        lines.append(f"| {caught.fault.name} | {found} | {finding} | {said} |")
+    return "\n".join([*lines, "", f"{sum(caught.found for caught in hunts)} of {len(FAULTS)} found."])

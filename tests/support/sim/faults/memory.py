@@ -42,6 +42,14 @@ def shared(name: str) -> Parts:
     return Parts(slots=Shared)
 
 
+class FreesSlotAtCompute(RigSlots):
+    """A slot is free once its compute stage is over; its tokens may still be on their way."""
+
+    def collect(self, slot: Slot) -> Ints:
+        slot.d2h_done = slot.compute_done
+        return super().collect(slot)
+
+
 class KeepsView(RigSlots):
     """Returns the pinned buffer itself in place of a copy."""
 
@@ -69,14 +77,18 @@ class FreesBlocksAtCommit(RigScheduler):
             self.rows.num_blocks[row] = 0
             self.pool.release(self.rows.block_table[row, :count])
 
+    def check_integrity(self) -> None:
+        """The books would tell."""
+
 
 class RetiresEarly(RigScheduler):
-    """Collecting a step counts as the end of the one after it."""
+    """Collecting a step counts as the end of the one after it, for sequences that have ended."""
 
     def _retire(self, step: int) -> None:
         super()._retire(step)
-        for row in [row for row in self._draining if self.rows.last_step[row] <= step + 1]:
-            self._release(row)
+        for row in [row for row in self._draining if self.rows.last_step[row] == step + 1]:
+            if self.rows.state[row] == RowState.DEAD:
+                self._release(row)
 
 
 class FreesTwice(RigScheduler):

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from gapless.attention.base import LayerKV
 from gapless.config import SchedulerLimits
-from gapless.device.base import Access, Device, Event, Graph, Note
-from gapless.device.sim.streams import SimEvent, SimStream
-from gapless.engine.graphs import GraphTable
+from gapless.device.base import Access, Note
 from gapless.engine.layout import StepInputs, StepShape, sections_of
-from gapless.engine.runner import Extent
+from gapless.engine.runner import Extent, Runner
 from gapless.engine.slots import Slot
-from gapless.engine.tables import DeviceTables
-from gapless.models.base import Model
 from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
 from gapless.request import FinishReason
 from gapless.rows import RowState
-from gapless.sampling.base import Sampler, SamplingTables
+from gapless.sampling.base import SamplingTables
+from support.sim.faults.inputs import changed, one_less
 from support.sim.model import MixSampler
-from support.sim.parts import RigRunner, RigScheduler, RigSlots
+from support.sim.parts import Parts, RigRunner, RigScheduler
 from support.sim.rig import Rig
 
 
@@ -51,11 +47,12 @@ class RunsPastLimit(RigScheduler):
     def _schedule(
         self, decode_rows: Ints, chunk_rows: list[int], chunk_counts: list[int], new_rows: list[int], grown: list[Ints]
     ) -> Plan:
-        self.rows.limit += 1
+        beyond = self.rows.limit < self.limits.max_model_len
+        self.rows.limit += beyond
         try:
             return super()._schedule(decode_rows, chunk_rows, chunk_counts, new_rows, grown)
         finally:
-            self.rows.limit -= 1
+            self.rows.limit -= beyond
 
 
 class BillsOvershoot(RigScheduler):
@@ -134,7 +131,7 @@ class DeltasOnCopyStream(RigRunner):
         runner, table = self, self.tables.block_table_RC
 
         def apply() -> None:
-            RigRunner._apply_deltas(runner, StepInputs.of(slot.device_in, shape), shape)
+            Runner._apply_deltas(runner, StepInputs.of(slot.device_in, shape), shape)
 
         def accesses() -> Sequence[Access]:
             inputs = StepInputs.of(slot.device_in, shape)
@@ -166,6 +163,10 @@ class UndeclaredDeltas(DeltasOnCopyStream):
     """The same, and nobody is told what that work touches."""
 
     declared = False
+
+
+DELTAS_ON_COPY_STREAM = Parts(runner=DeltasOnCopyStream)
+EARLIER_POSITION = changed("sample_positions_S", one_less)
 
 
 class CarriesOlderToken(RigRunner):
@@ -204,80 +205,20 @@ class NoCarryOver(RigRunner):
         super().compute_step(slot, shape, extent)
 
 
-class OtherSlotsGraph(RigRunner):
-    """All graphs were captured on the first slot's buffers."""
-
-    first: Slot | None = None
-
-    def capture(self, slot: Slot, shape: StepShape, extent: Extent) -> Graph:
-        self.first = self.first or slot
-        return super().capture(self.first, shape, extent)
-
-
-class PadsOnRowZero(RigRunner):
-    """Padding goes to a row that sequences use."""
-
-    def __init__(
-        self,
-        model: Model,
-        device: Device,
-        sampler: Sampler,
-        kv: list[LayerKV],
-        tables: DeviceTables,
-        graphs: GraphTable,
-    ) -> None:
-        super().__init__(model, device, sampler, kv, tables, graphs)
-        self.scratch_row = 0
-
-
-class Refill(RigRunner):
-    """Changes what was filled into the slot, before it is launched."""
-
-    def spoil(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        raise NotImplementedError
-
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        self.spoil(plan, slot, shape)
-        super().launch(plan, slot, shape)
-
-
-class StaleParams(Refill):
+class StaleParams(RigRunner):
     """A row keeps the sampling parameters of the first request that it had."""
 
-    def __init__(
-        self,
-        model: Model,
-        device: Device,
-        sampler: Sampler,
-        kv: list[LayerKV],
-        tables: DeviceTables,
-        graphs: GraphTable,
-    ) -> None:
-        super().__init__(model, device, sampler, kv, tables, graphs)
-        self.seen: set[int] = set()
+    @cached_property
+    def seen(self) -> set[int]:
+        return set()
 
-    def spoil(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         start = sections_of(shape).param_rows_A.start
         for index, row in enumerate(plan.params.rows_A.tolist()):
             if row in self.seen:
                 slot.packed[start + index] = self.scratch_row
             self.seen.add(row)
-
-
-class LosesBlock(Refill):
-    """A block that a decoding row gains never gets into the device's table."""
-
-    def spoil(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        if plan.decode_only and plan.block_rows_U.size:
-            slot.packed[sections_of(shape).block_rows_U.start] = self.scratch_row
-
-
-class WrongPosition(Refill):
-    """The random number is that of the position before."""
-
-    def spoil(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        section = sections_of(shape).sample_positions_S
-        slot.packed[section] = plan_positions(plan, shape) - 1
+        super().launch(plan, slot, shape)
 
 
 class RefillsAfterLaunch(RigRunner):
@@ -286,31 +227,3 @@ class RefillsAfterLaunch(RigRunner):
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         super().launch(plan, slot, shape)
         slot.packed[sections_of(shape).tokens_T.start] = 1
-
-
-class FreesSlotAtCompute(RigSlots):
-    """A slot is free once its compute stage is over; its tokens may still be on their way."""
-
-    def collect(self, slot: Slot) -> Ints:
-        slot.compute_done.synchronize()
-        slot.d2h_done = slot.compute_done
-        return super().collect(slot)
-
-
-class CopiesOutEarly(SimStream):
-    """The copy out waits for the inputs only."""
-
-    inputs_there: Event | None = None
-
-    def wait(self, event: Event) -> None:
-        if isinstance(event, SimEvent) and event.name.startswith("h2d_done"):
-            CopiesOutEarly.inputs_there = event
-        elif CopiesOutEarly.inputs_there is not None:
-            event = CopiesOutEarly.inputs_there
-        super().wait(event)
-
-
-def plan_positions(plan: Plan, shape: StepShape) -> NDArray[np.int32]:
-    """Positions of the tokens that a plan samples, padded with 1 to the shape."""
-    ends = (plan.starts_E + plan.counts_E)[plan.samples_E > 0]
-    return np.concatenate((ends, np.ones(shape.samples - ends.size, dtype=np.int32)))
