@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU. CI has none, so a person runs this: scripts/gpu.sh [tests] [kernels] [bench] [headline]
+# Everything that needs a GPU. CI has none, so a person runs this: scripts/gpu.sh [PART ...]
+# Parts: tests, kernels, bench (the whole table), headline (its longest row alone), prefill, mixed.
 # Needs torch >= 2.11 with CUDA, triton and pytest in the `python3` on PATH. Results go to $OUT (default: gpu-results).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +12,16 @@ status=0
 
 section() { printf '\n=== %s\n' "$*"; }
 run() { "$@" 2>&1 | tee -a "$OUT/log.txt" || status=1; }
+
+decode() {
+  run python3 -m gapless bench decode --shape "$1" --requests "$2" --prompt-len 64 --new-tokens "$3" \
+    --lookahead 0 --lookahead 1 --json "${@:4}"
+}
+
+headline() {
+  section "the headline: one run each, four minutes"
+  decode llama-8b 32 8128 --repeat 1
+}
 
 for part in $parts; do
   case $part in
@@ -25,22 +36,31 @@ for part in $parts; do
       run python3 scripts/gpu_kernels.py
       ;;
     bench)
-      section "$(nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,driver_version --format=csv,noheader) commit $(git rev-parse --short HEAD 2>/dev/null)"
       section "host time per step on a device that does nothing"
-      run python3 -m gapless bench host --context 64 --context 8192 --json
+      run python3 -m gapless bench host --json
       section "decode on random weights, lookahead 0 and 1"
-      for work in "smollm2-135m 32 512" "smollm2-135m 256 512" "llama-1b 128 256" "llama-8b 32 1024"; do
+      for work in "llama-8b 32 1024" "llama-1b 128 256" "llama-1b 32 512" "smollm2-135m 32 512" \
+        "smollm2-135m 256 512" "smollm2-135m 1024 512"; do
         read -r shape requests new_tokens <<<"$work"
-        run python3 -m gapless bench decode --shape "$shape" --requests "$requests" --prompt-len 64 \
-          --new-tokens "$new_tokens" --json
+        decode "$shape" "$requests" "$new_tokens"
+      done
+      headline
+      ;;
+    headline) headline ;;
+    prefill)
+      section "prompts with one new token each"
+      for shape in llama-8b llama-1b smollm2-135m; do
+        run python3 -m gapless bench prefill --shape "$shape" --json
       done
       ;;
-    headline)
-      section "the headline: one run each, four minutes"
-      run python3 -m gapless bench decode --shape llama-8b --requests 32 --prompt-len 64 --new-tokens 8128 \
-        --repeat 1 --no-warm-up --no-trace --json
+    mixed)
+      section "requests that arrive at random times, lookahead 0 and 1"
+      run python3 -m gapless bench mixed --shape llama-8b --rate 20 --requests 400 --max-prompt-len 2048 \
+        --max-new-tokens 512 --json
+      run python3 -m gapless bench mixed --shape smollm2-135m --rate 200 --requests 2000 --max-prompt-len 2048 \
+        --max-new-tokens 512 --json
       ;;
-    *) echo "unknown part $part: tests, kernels, bench or headline" >&2; exit 2 ;;
+    *) echo "unknown part $part: tests, kernels, bench, headline, prefill or mixed" >&2; exit 2 ;;
   esac
 done
 exit $status

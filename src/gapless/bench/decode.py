@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-import zlib
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from gapless.bench.trace import GpuBusy, KernelTrace
+from gapless.bench.ceilings import read_rate
+from gapless.bench.environment import environment
+from gapless.bench.floors import DecodeFloor, decode_floor
+from gapless.bench.random_engine import RandomEngine
+from gapless.bench.trace import GpuBusy, KernelTrace, summarise
 from gapless.config import EngineConfig
-from gapless.device import has_cuda
-from gapless.engine.core import EngineFailure
+from gapless.device import open_device
 from gapless.errors import ConfigError
-from gapless.loading import load_engine
-from gapless.request import SamplingParams
 from gapless.weights.hf_config import load_shape
 
+WARM_UP_TOKENS = 256  # new ones at most
 TRACE_AT = 0.4  # of the new tokens
 TRACE_STEPS = 64
 TRACE_LEAD = 16  # steps before the traced ones
@@ -47,19 +45,25 @@ class DecodeRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeResult:
-    """All runs of one lookahead. Times in seconds, traced shares 0 to 1."""
+    """All runs of one lookahead. Times in seconds, traced shares 0 to 1.
+
+    floor_ratio              median over the floor
+    cost_per_million_tokens  of generated tokens, in the unit of the price; None without a price
+    """
 
     lookahead: int
     median_seconds: float
     spread_seconds: float  # largest minus smallest
     tokens_per_second: float
+    floor_ratio: float
     busy_share: float
+    cost_per_million_tokens: float | None
     trace: GpuBusy | None
     runs: list[DecodeRun] = field(default_factory=list[DecodeRun])
 
 
 class DecodeBench:
-    """An engine on random weights, built once and run at any lookahead up to the largest one asked for."""
+    """An engine with the memory that a workload needs, all of whose requests run at once."""
 
     def __init__(self, shape: str, workload: Workload, config: EngineConfig) -> None:
         """Raises ConfigError, also where the workload is longer than the shape's context; OutOfMemoryError."""
@@ -69,21 +73,19 @@ class DecodeBench:
             raise ConfigError(f"{workload.prompt_len} + {workload.new_tokens} tokens: {shape} has a context of {limit}")
         blocks = workload.requests * -(-length // config.block_size)
         self.workload = workload
-        begin = time.perf_counter()
-        sized = replace(config, num_blocks=blocks, max_model_len=length)
-        loaded = load_engine(config=sized, load="random", shape=shape)
-        self.startup_seconds = time.perf_counter() - begin
-        self.engine = loaded.engine
-        self.device_name = loaded.device_name
-        self.on_gpu = loaded.config.device != "cpu"
+        self.random = RandomEngine(shape, replace(config, num_blocks=blocks, max_model_len=length))
+
+    def warm_up(self, lookahead: int) -> None:
+        self._generate(lookahead, replace(self.workload, new_tokens=min(self.workload.new_tokens, WARM_UP_TOKENS)))
 
     def run(self, lookahead: int) -> DecodeRun:
         """Generate everything once, timed."""
-        before = self.engine.stats()
+        engine = self.random.engine
+        before = engine.stats()
         begin = time.perf_counter()
         checksum = self._generate(lookahead, self.workload)
         seconds = time.perf_counter() - begin
-        busy = (self.engine.stats().busy_seconds - before.busy_seconds) / seconds
+        busy = (engine.stats().busy_seconds - before.busy_seconds) / seconds
         return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=checksum)
 
     def trace(self, lookahead: int) -> GpuBusy | None:
@@ -96,74 +98,87 @@ class DecodeBench:
         )
         with KernelTrace() as trace:
             self._generate(lookahead, part)
-        return trace.busy(TRACE_STEPS)
+        return summarise(trace.events(), TRACE_STEPS)
+
+    def floor(self) -> DecodeFloor:
+        """With the read bandwidth of now. Takes up to 4 GiB of the device's memory for a second."""
+        with closing(open_device(self.random.config.device)) as device:
+            rate = read_rate(device)
+        return decode_floor(self.random.model, self.random.dtype, **asdict(self.workload), read_rate=rate)
 
     def close(self) -> None:
-        self.engine.close()
+        self.random.close()
 
     def _generate(self, lookahead: int, workload: Workload) -> int:
         """Run a workload to its end; returns a checksum of all its tokens."""
-        self.engine.set_lookahead(lookahead)
-        rng = np.random.default_rng(0)
-        params = SamplingParams(temperature=0, max_tokens=workload.new_tokens, ignore_eos=True)
-        vocab_size = self.engine.admission.model.vocab_size
-        prompts = rng.integers(0, vocab_size, (workload.requests, workload.prompt_len), dtype=np.int32)
-        self.engine.submit([self.engine.make_request(prompt, params) for prompt in prompts])
-        unfinished = workload.requests
-        request_ids: list[NDArray[np.int64]] = []
-        tokens: list[NDArray[np.int32]] = []
-        while unfinished:
-            record = self.engine.outputs.get()
-            if isinstance(record, EngineFailure):
-                raise record.error
-            request_ids.append(record.request_ids)
-            tokens.append(record.tokens)
-            unfinished -= len(record.finished)
-        by_request = np.argsort(np.concatenate(request_ids), kind="stable")
-        return zlib.crc32(np.concatenate(tokens)[by_request].tobytes())
+        self.random.engine.set_lookahead(lookahead)
+        prompts = self.random.random_prompts([workload.prompt_len] * workload.requests)
+        return self.random.generate(self.random.requests(prompts, [workload.new_tokens] * workload.requests))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What all lookaheads gave, and what they are measured against."""
+
+    workload: Workload
+    floor: DecodeFloor
+    environment: dict[str, str]
+    startup_seconds: float
+    results: list[DecodeResult]
+
+    @property
+    def tokens_equal(self) -> bool:
+        return len({run.checksum for result in self.results for run in result.runs}) == 1
+
+    def as_json(self) -> dict[str, Any]:
+        """What `gapless bench decode --json` prints last."""
+        return {**asdict(self), "tokens_equal": self.tokens_equal}
 
 
 def compare(
-    bench: DecodeBench, lookaheads: list[int], *, repeat: int, warm_up: bool = True, traced: bool | None = None
-) -> list[DecodeResult]:
-    """Run every lookahead `repeat` times, alternating, then once more under a kernel trace where there is a GPU."""
+    bench: DecodeBench,
+    lookaheads: list[int],
+    *,
+    repeat: int,
+    warm_up: bool = True,
+    traced: bool | None = None,
+    price_per_hour: float | None = None,
+) -> Comparison:
+    """Run every lookahead `repeat` times, alternating, measure the floor, then run each once more under a kernel trace.
+
+    traced          None: where there is a GPU
+    price_per_hour  of the machine
+    """
+    wants_trace = bench.random.traces_kernels(traced)
     if warm_up:
-        bench.run(lookaheads[0])
+        bench.warm_up(lookaheads[0])
     runs: dict[int, list[DecodeRun]] = {lookahead: [] for lookahead in lookaheads}
     for _ in range(repeat):
         for lookahead in lookaheads:
             runs[lookahead].append(bench.run(lookahead))
-    wants_trace = bench.on_gpu if traced is None else traced
-    results: list[DecodeResult] = []
-    for lookahead in lookaheads:
-        times = [run.seconds for run in runs[lookahead]]
-        median = statistics.median(times)
-        results.append(
-            DecodeResult(
-                lookahead=lookahead,
-                median_seconds=median,
-                spread_seconds=max(times) - min(times),
-                tokens_per_second=bench.workload.requests * bench.workload.new_tokens / median,
-                busy_share=statistics.median(run.busy_share for run in runs[lookahead]),
-                trace=bench.trace(lookahead) if wants_trace else None,
-                runs=runs[lookahead],
-            )
-        )
-    return results
+    facts = environment(bench.random.device_name, bench.random.torch_device)
+    floor = bench.floor()
+    traces = {lookahead: bench.trace(lookahead) if wants_trace else None for lookahead in lookaheads}
+    results = [
+        summary(runs[lookahead], bench.workload, floor, traces[lookahead], price_per_hour) for lookahead in lookaheads
+    ]
+    return Comparison(bench.workload, floor, facts, round(bench.random.startup_seconds, 2), results)
 
 
-def environment(device_name: str) -> dict[str, Any]:
-    """What a figure must be quoted with."""
-    return {"device": device_name, "torch": torch.__version__, "cuda": torch.version.cuda if has_cuda() else None}
-
-
-def as_json(bench: DecodeBench, results: list[DecodeResult]) -> dict[str, Any]:
-    """What `gapless bench decode --json` prints last."""
-    sums = {run.checksum for result in results for run in result.runs}
-    return {
-        "workload": asdict(bench.workload),
-        "environment": environment(bench.device_name),
-        "startup_seconds": round(bench.startup_seconds, 2),
-        "tokens_equal": len(sums) == 1,
-        "results": [asdict(result) for result in results],
-    }
+def summary(
+    runs: list[DecodeRun], workload: Workload, floor: DecodeFloor, trace: GpuBusy | None, price_per_hour: float | None
+) -> DecodeResult:
+    """The figures of one lookahead's runs."""
+    times = [run.seconds for run in runs]
+    median, tokens = statistics.median(times), workload.requests * workload.new_tokens
+    return DecodeResult(
+        lookahead=runs[0].lookahead,
+        median_seconds=median,
+        spread_seconds=max(times) - min(times),
+        tokens_per_second=tokens / median,
+        floor_ratio=median / floor.seconds,
+        busy_share=statistics.median(run.busy_share for run in runs),
+        cost_per_million_tokens=None if price_per_hour is None else price_per_hour * median / 3600 / tokens * 1e6,
+        trace=trace,
+        runs=runs,
+    )

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from itertools import count
 
 import torch
 
 from gapless.bench.tiny_model import TinyModel
 from gapless.config import EngineConfig
-from gapless.device.sim import SimDevice, Span, TimedOrder
+from gapless.device.sim import SimDevice, TimedOrder
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.outcome import Committed
 from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
+from gapless.spans import Run, Span
 
 BEFORE_LAUNCH = 2 / 3
 """Share of the host's time that lies before the launch is done (plan, fill, queueing); commit and publish are the rest.
@@ -37,6 +39,7 @@ class Prediction:
     jitter         standard deviation of the host's cost over its mean (gamma distributed)
     idle_share     part of the time in which the compute stream runs nothing, 0 to 1
     step_seconds   from one step's end to the next one's
+    run            what happened when, in virtual time
     """
 
     lookahead: int
@@ -45,6 +48,7 @@ class Prediction:
     jitter: float
     idle_share: float
     step_seconds: float
+    run: Run
 
 
 def predict(
@@ -75,8 +79,12 @@ def predict(
     model = TinyModel(vocab_size=2)
     loop, limits = build_loop(model, config, sim, make_sampler(torch.device("cpu")), torch.float32)
 
+    published = count()
+
     def publish(committed: Committed) -> None:
-        sim.spend("commit", draw() * (1 - BEFORE_LAUNCH))
+        step = next(published)
+        slot = loop.slots.slots[step % (lookahead + 1)].letter
+        sim.spend("commit", draw() * (1 - BEFORE_LAUNCH), step, slot)
 
     loop.publish = publish
     admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 0)
@@ -86,7 +94,9 @@ def predict(
     for _ in range(WARM_UP + steps):
         loop.step()
     loop.close()
-    return Prediction(lookahead, host, device, jitter, *_steady(sim.timeline.spans))
+    note = f"simulated: a step takes the host {host * 1e3:g} ms, the device {device * 1e3:g} ms"
+    run = Run(f"lookahead {lookahead}", note, sim.timeline.lanes, sim.timeline.spans)
+    return Prediction(lookahead, host, device, jitter, *_steady(run.spans), run)
 
 
 def _host_costs(mean: float, jitter: float, seed: int) -> Callable[[], float]:
@@ -107,4 +117,5 @@ def _steady(spans: Sequence[Span]) -> tuple[float, float]:
 
 def as_json(predictions: Sequence[Prediction]) -> dict[str, object]:
     """What `gapless bench predict --json` prints last."""
-    return {"rows": [asdict(each) for each in predictions]}
+    kept = [each.name for each in fields(Prediction) if each.name != "run"]
+    return {"rows": [{name: getattr(each, name) for name in kept} for each in predictions]}
