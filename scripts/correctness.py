@@ -15,7 +15,7 @@ import torch
 from support.sim.faults import FAULTS, hunt, table
 from support.sim.race import STATE, State, Totals, describe, fingerprint
 from support.sim.rig import run
-from support.sim.schedule import generate
+from support.sim.schedule import Schedule
 from support.sim.shrink import shrink
 
 DOCS = Path(__file__).parents[1] / "docs" / "correctness.md"
@@ -30,14 +30,12 @@ def faults() -> str:
 def replay() -> str:
     """A planted fault's first schedule, made small."""
     fault = next(fault for fault in FAULTS if fault.name == SHOWN_FAULT)
-    caught = hunt(fault)
-    assert caught.seeds is not None
 
-    def fails(schedule: object) -> bool:
-        found = run(schedule, fault.parts).violation  # type: ignore[arg-type]
-        return found is not None and found.finding == caught.finding
+    def fails(schedule: Schedule) -> bool:
+        found = run(schedule, fault.parts).violation
+        return found is not None and fault.proved_by(found)
 
-    small = shrink(generate(caught.seeds - 1), fails)
+    small = shrink(hunt(fault).schedule, fails)
     return f"```\n{describe(small, run(small, fault.parts), last=24)}\n```"
 
 
