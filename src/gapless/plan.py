@@ -49,6 +49,7 @@ class Plan:
     starts_E         position of the entry's first query token
     counts_E         query tokens of each entry, >= 1
     samples_E        tokens that the entry samples: 1 where the step reaches the end of the sequence, else 0
+    num_samples      sum of samples_E
     num_decodes      entries with one query token
     num_tokens       sum of counts_E
     block_*_U        block table columns that were filled for this step: table[row, column] = block
@@ -61,6 +62,7 @@ class Plan:
     starts_E: Ints
     counts_E: Ints
     samples_E: Ints
+    num_samples: int
     num_decodes: int
     num_tokens: int
     block_rows_U: Ints
@@ -73,10 +75,6 @@ class Plan:
     def decode_only(self) -> bool:
         """Every entry decodes one token and no row is new: such steps replay a graph."""
         return self.num_tokens == self.rows_E.size == self.num_samples and not self.params.rows_A.size
-
-    @property
-    def num_samples(self) -> int:
-        return int(self.samples_E.sum())
 
 
 _NOTHING = np.zeros(0, dtype=np.int32)
@@ -91,6 +89,7 @@ def empty_plan() -> Plan:
         starts_E=_NOTHING,
         counts_E=_NOTHING,
         samples_E=_NOTHING,
+        num_samples=0,
         num_decodes=0,
         num_tokens=0,
         block_rows_U=_NOTHING,

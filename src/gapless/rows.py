@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gapless.plan import PLACEHOLDER
+from gapless.plan import PLACEHOLDER, Ints
 from gapless.request import Request
 
 MIN_STOP_WIDTH = 4
@@ -15,8 +17,7 @@ MIN_STOP_WIDTH = 4
 class RowState:
     """The life of a row. Only RUNNING rows are planned; the others drain until their last step has retired.
 
-    Plain integers: numpy compares
-    an array with them five times faster than with an IntEnum's members.
+    Plain integers: numpy compares an array with them five times faster than with an IntEnum's members.
     """
 
     FREE: Final = 0
@@ -51,7 +52,7 @@ class RowTable:
         self.tokens = np.zeros((rows, max_length), dtype=np.int32)
         self.block_table = np.zeros((rows, columns), dtype=np.int32)
 
-    def take(self, row: int, request: Request, tokens: np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
+    def take(self, row: int, request: Request, tokens: Ints) -> None:
         """Give a free row to a request whose known tokens are `tokens`."""
         size = tokens.size
         self.state[row] = RowState.RUNNING
@@ -78,3 +79,29 @@ class RowTable:
             self.stop_ids = wider
         self.stop_ids[row] = PLACEHOLDER
         self.stop_ids[row, : request.stop_ids.size] = request.stop_ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSet:
+    """Rows that decode together, with what stays as it is while they do: plans of steady decode share it.
+
+    It holds as long as a plan in flight has these `rows`, the same array: none of them can have been freed then.
+    """
+
+    rows: Ints
+    request_ids: NDArray[np.int64]
+    limits: Ints
+    stop_ids: Ints
+    ones: Ints
+    all_greedy: bool
+
+    @classmethod
+    def of(cls, table: RowTable, rows: Ints) -> Self:
+        return cls(
+            rows=rows,
+            request_ids=table.request_id[rows],
+            limits=table.limit[rows],
+            stop_ids=table.stop_ids[rows],
+            ones=np.ones_like(rows),
+            all_greedy=bool(table.greedy[rows].all()),
+        )

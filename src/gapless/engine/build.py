@@ -191,6 +191,7 @@ def _measure_activation(
         starts_E=np.zeros(len(chunks), dtype=np.int32),
         counts_E=np.asarray(chunks, dtype=np.int32),
         samples_E=np.ones(len(chunks), dtype=np.int32),
+        num_samples=len(chunks),
         num_tokens=sum(chunks),
         num_decodes=sum(count == 1 for count in chunks),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -23,9 +23,15 @@ class StepShape:
     admitted: int
 
     @classmethod
+    @cache
     def decode(cls, bucket: int) -> StepShape:
         """A step of `bucket` rows that decode one token each; none is new, each may gain a block."""
         return cls(bucket, bucket, bucket, bucket, 0)
+
+    @property
+    def decodes_only(self) -> bool:
+        """Every entry has one token, and samples."""
+        return self.tokens == self.entries == self.samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +62,36 @@ class Sections:
 # The buckets of decode steps come again and again. Other shapes hardly do, and would only pile up in a larger cache.
 @lru_cache(maxsize=64)
 def sections_of(shape: StepShape) -> Sections:
-    """The layout of a shape; tokens, then entries, samples, updates and parameters."""
+    """The layout of a shape; tokens, then entries, samples, updates and parameters.
+
+    Where every entry has one token and samples, sections with equal contents are one and the same: an entry's row is
+    its token's and its sample's, its length is the position that is sampled for.
+    """
     t, e, s, u, a = shape.tokens, shape.entries, shape.samples, shape.updates, shape.admitted
-    sizes = [t, t, t, e, e, e + 1, s, s, s, u, u, u, a, a, a, a, a, 2 * a]
-    slices: list[slice] = []
+    sizes = {"tokens_T": t, "token_rows_T": t, "positions_T": t}
+    if shape.decodes_only:
+        sizes |= {"kv_len_E": e, "query_start_E1": e + 1}
+    else:
+        sizes |= {"rows_E": e, "kv_len_E": e, "query_start_E1": e + 1}
+        sizes |= {"sample_tokens_S": s, "sample_rows_S": s, "sample_positions_S": s}
+    sizes |= {"block_rows_U": u, "block_columns_U": u, "block_ids_U": u}
+    sizes |= {"param_rows_A": a, "temperature_A": a, "top_k_A": a, "top_p_A": a, "min_p_A": a, "seed_A2": 2 * a}
+    slices: dict[str, slice] = {}
     begin = 0
-    for size in sizes:
-        slices.append(slice(begin, begin + size))
+    for name, size in sizes.items():
+        slices[name] = slice(begin, begin + size)
         begin += size
-    return Sections(*slices, total=begin)
+    if shape.decodes_only:
+        starts = slices["query_start_E1"]
+        slices["rows_E"] = slices["sample_rows_S"] = slices["token_rows_T"]
+        slices["sample_tokens_S"] = slice(starts.start, starts.stop - 1)
+        slices["sample_positions_S"] = slices["kv_len_E"]
+    return Sections(**slices, total=begin)
 
 
 def packed_capacity(max_tokens: int, max_rows: int, max_updates: int) -> int:
     """int32 elements that the largest step of these limits can need."""
-    return sections_of(StepShape(max_tokens, max_rows, max_rows, max_updates, max_rows)).total
+    return 3 * max_tokens + 6 * max_rows + 1 + 3 * max_updates + 7 * max_rows
 
 
 @dataclass(frozen=True, slots=True)
