@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.panel import Panel
@@ -15,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gapless.errors import GaplessError
+
+if TYPE_CHECKING:
+    from gapless.trace.record import Trace
 
 MAX_TOKENS = 96  # of each answer, unless asked otherwise
 SHOWN = 4
@@ -42,13 +46,15 @@ def load_prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in lines if line.strip()]
 
 
-def measure(prompts: list[str], lookahead: int, model: str, max_tokens: int) -> Measured:
+def measure(prompts: list[str], lookahead: int, model: str, max_tokens: int, trace: Trace | None = None) -> Measured:
     """A fresh engine, a short warm-up, then all prompts at once, greedy."""
     from gapless import LLM, EngineConfig, SamplingParams
+    from gapless.loading import load_engine
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    with LLM(model, config=EngineConfig(lookahead=lookahead, max_rows=64)) as llm:
+    config = EngineConfig(lookahead=lookahead, max_rows=64)
+    with LLM.from_loaded(load_engine(model, config, trace=trace)) as llm:
         llm.chat(chats[:4], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
         before = llm.stats()
         started = time.perf_counter()
@@ -65,7 +71,9 @@ def measure(prompts: list[str], lookahead: int, model: str, max_tokens: int) -> 
     )
 
 
-def run_demo(model: str = "demo", count: int | None = None, max_tokens: int = MAX_TOKENS) -> int:
+def run_demo(
+    model: str = "demo", count: int | None = None, max_tokens: int = MAX_TOKENS, trace: Trace | None = None
+) -> int:
     """Run both and print what came of it. Returns the exit status: 1 if the runs gave different tokens.
 
     count  answer only this many of the prompts.
@@ -79,7 +87,7 @@ def run_demo(model: str = "demo", count: int | None = None, max_tokens: int = MA
     for lookahead in LOOKAHEADS:
         console.print(f"  lookahead {lookahead} ({'synchronous' if lookahead == 0 else 'one step ahead'}) ...")
         try:
-            runs.append(measure(prompts, lookahead, model, max_tokens))
+            runs.append(measure(prompts, lookahead, model, max_tokens, trace))
         except GaplessError as error:
             Console(stderr=True).print(f"gapless: error: {error}", markup=False, highlight=False)
             return 1

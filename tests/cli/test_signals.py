@@ -51,7 +51,7 @@ def shape(model: Path, tmp_path: Path) -> str:
 
 
 def test_a_measurement_ends_on_sigterm(shape: str):
-    work = ["--requests", "2", "--new-tokens", "60000", "--device", "cpu", "--no-trace"]
+    work = ["--requests", "2", "--new-tokens", "60000", "--device", "cpu", "--no-kernel-trace"]
     assert run_until_terminated(["bench", "decode", "--shape", shape, *work]) == (143, "")
 
 

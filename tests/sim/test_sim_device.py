@@ -217,10 +217,10 @@ def test_the_timeline_has_a_column_for_each_lane_and_a_chrome_trace():
     assert first.index("copy in 0 A") == header.index("h2d")
     assert second.index("compute 0 A") == header.index("compute")
     events = device.timeline.chrome_trace()["traceEvents"]
-    assert [each["args"]["name"] for each in events if each["ph"] == "M"] == ["host", "h2d", "compute"]
+    assert [each["args"]["name"] for each in events if each["name"] == "thread_name"] == ["host", "h2d", "compute"]
     assert [(each["name"], each["tid"]) for each in events if each["ph"] == "X"] == [
-        ("copy in 0 A", 1),
-        ("compute 0 A", 2),
+        ("copy in 0 A", 2),
+        ("compute 0 A", 3),
     ]
 
 

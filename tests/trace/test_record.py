@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_host_does_one_thing_at_a_time_and_collects_so_many_steps_behind(loo
     trace = Trace()
     run_loop(trace, lookahead)
     host = [span for span in only_run(trace).spans if span.lane == "host"]
-    assert all(first.end <= then.begin for first, then in zip(host, host[1:], strict=False))
+    assert all(first.end <= then.begin for first, then in pairwise(host))
     steps = steps_of(only_run(trace))
     for number in range(12 - lookahead):
         assert steps[number + lookahead]["launch"].end <= steps[number]["collect"].begin

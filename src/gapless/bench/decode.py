@@ -16,6 +16,7 @@ from gapless.bench.trace import GpuBusy, KernelTrace, summarise
 from gapless.config import EngineConfig
 from gapless.device import open_device
 from gapless.errors import ConfigError
+from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
 
 WARM_UP_TOKENS = 256  # new ones at most
@@ -65,7 +66,7 @@ class DecodeResult:
 class DecodeBench:
     """An engine with the memory that a workload needs, all of whose requests run at once."""
 
-    def __init__(self, shape: str, workload: Workload, config: EngineConfig) -> None:
+    def __init__(self, shape: str, workload: Workload, config: EngineConfig, trace: Trace | None = None) -> None:
         """Raises ConfigError, also where the workload is longer than the shape's context; OutOfMemoryError."""
         length = workload.prompt_len + workload.new_tokens
         limit = load_shape(shape).max_position
@@ -73,7 +74,7 @@ class DecodeBench:
             raise ConfigError(f"{workload.prompt_len} + {workload.new_tokens} tokens: {shape} has a context of {limit}")
         blocks = workload.requests * -(-length // config.block_size)
         self.workload = workload
-        self.random = RandomEngine(shape, replace(config, num_blocks=blocks, max_model_len=length))
+        self.random = RandomEngine(shape, replace(config, num_blocks=blocks, max_model_len=length), trace)
 
     def warm_up(self, lookahead: int) -> None:
         self._generate(lookahead, replace(self.workload, new_tokens=min(self.workload.new_tokens, WARM_UP_TOKENS)))

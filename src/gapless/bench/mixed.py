@@ -18,6 +18,7 @@ from gapless.bench.random_engine import RandomEngine, output_of
 from gapless.config import EngineConfig
 from gapless.errors import ConfigError
 from gapless.outcome import Committed
+from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
 
 SHORTEST = 32  # times shorter than the longest
@@ -108,13 +109,13 @@ class MixedReport:
 class MixedBench:
     """An engine and a drawn load."""
 
-    def __init__(self, shape: str, load: MixedLoad, config: EngineConfig) -> None:
+    def __init__(self, shape: str, load: MixedLoad, config: EngineConfig, trace: Trace | None = None) -> None:
         """max_model_len of `config` is set to what the load needs. Raises ConfigError, OutOfMemoryError."""
         length, limit = load.max_prompt_len + load.max_new_tokens, load_shape(shape).max_position
         if length > limit:
             raise ConfigError(f"{load.max_prompt_len} + {load.max_new_tokens} tokens: {shape} has a context of {limit}")
         self.load, self.arrivals = load, Arrivals.draw(load)
-        self.random = RandomEngine(shape, replace(config, max_model_len=length))
+        self.random = RandomEngine(shape, replace(config, max_model_len=length), trace)
 
     def run(self, lookahead: int, at: Floats) -> MixedRun:
         """Send the requests at these seconds after the start, and time what comes back."""

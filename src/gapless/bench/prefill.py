@@ -17,6 +17,7 @@ from gapless.bench.trace import KernelTrace, Part, kernel_parts
 from gapless.config import EngineConfig
 from gapless.device import has_cuda, open_device
 from gapless.errors import ConfigError
+from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
 
 LENGTHS = (512, 2048, 8192)
@@ -65,7 +66,13 @@ class PrefillBench:
     """An engine whose KV cache holds all requests of a run at once. No step decodes, so it captures no graphs."""
 
     def __init__(
-        self, shape: str, config: EngineConfig, *, prompt_lens: Sequence[int] = (), tokens: int | None = None
+        self,
+        shape: str,
+        config: EngineConfig,
+        *,
+        prompt_lens: Sequence[int] = (),
+        tokens: int | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """Raises ConfigError, OutOfMemoryError.
 
@@ -84,7 +91,7 @@ class PrefillBench:
         sized = replace(
             config, max_rows=max(self.requests.values()), num_blocks=blocks, max_model_len=longest + 1, graphs=False
         )
-        self.random = RandomEngine(shape, sized)
+        self.random = RandomEngine(shape, sized, trace)
 
     def seconds(self, prompt_len: int) -> float:
         """Time of one run, from the submission to the last of the new tokens."""

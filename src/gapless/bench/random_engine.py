@@ -16,16 +16,17 @@ from gapless.errors import ConfigError
 from gapless.loading import load_engine
 from gapless.outcome import Committed
 from gapless.request import Request, SamplingParams
+from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
 
 
 class RandomEngine:
     """Built once, run at any lookahead up to that of `config`; None in `config` is filled in."""
 
-    def __init__(self, shape: str, config: EngineConfig) -> None:
+    def __init__(self, shape: str, config: EngineConfig, trace: Trace | None = None) -> None:
         """Raises ConfigError, OutOfMemoryError."""
         begin = time.perf_counter()
-        loaded = load_engine(config=config, load="random", shape=shape)
+        loaded = load_engine(config=config, load="random", shape=shape, trace=trace)
         self.startup_seconds = time.perf_counter() - begin
         self.model = load_shape(shape)
         self.engine = loaded.engine

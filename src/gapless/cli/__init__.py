@@ -1,1 +1,1 @@
-"""The command line: `gapless generate`, `chat`, `demo`, `bench`, `env`."""
+"""The command line: `gapless generate`, `chat`, `demo`, `bench`, `timeline`, `env`."""

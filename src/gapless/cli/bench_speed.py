@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from gapless.cli import options
 from gapless.cli.bench_options import Json, KernelTrace, Lookahead, Lookaheads, Repeat, Shape, WarmUp
 from gapless.cli.setup import warn
+from gapless.cli.timeline import tracing
 
 if TYPE_CHECKING:
     from gapless.bench.decode import Comparison
@@ -38,6 +40,7 @@ def decode(
     max_batch_tokens: options.MaxBatchTokens = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trace: options.Trace = None,
     json_output: Json = False,
 ) -> None:
     """Offline decode of fixed lengths, greedy, start-up left out.
@@ -61,13 +64,10 @@ def decode(
         **chosen,
     )
     workload = bench.Workload(requests=requests, prompt_len=prompt_len, new_tokens=new_tokens)
-    decoding = bench.DecodeBench(shape, workload, config)
-    try:
+    with tracing(trace) as recorder, closing(bench.DecodeBench(shape, workload, config, recorder)) as decoding:
         report = bench.compare(
             decoding, lookaheads, repeat=repeat, warm_up=warm_up, traced=kernel_trace, price_per_hour=price_per_hour
         )
-    finally:
-        decoding.close()
     _show_decode(shape, report)
     if json_output:
         print(json.dumps(report.as_json()))
@@ -125,6 +125,7 @@ def prefill(
     max_batch_tokens: options.MaxBatchTokens = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trace: options.Trace = None,
     json_output: Json = False,
 ) -> None:
     """Prompts of one length with one new token each.
@@ -137,11 +138,11 @@ def prefill(
 
     chosen: dict[str, Any] = {"dtype": dtype, "device": device}
     config = EngineConfig(lookahead=lookahead, block_size=block_size, max_batch_tokens=max_batch_tokens, **chosen)
-    bench = PrefillBench(shape, config, prompt_lens=prompt_len or (), tokens=tokens)
-    try:
+    with (
+        tracing(trace) as recorder,
+        closing(PrefillBench(shape, config, prompt_lens=prompt_len or (), tokens=tokens, trace=recorder)) as bench,
+    ):
         report = bench.measure(repeat=repeat, traced=kernel_trace)
-    finally:
-        bench.close()
     _show_prefill(shape, report)
     if json_output:
         print(json.dumps(report.as_json()))
@@ -187,6 +188,7 @@ def mixed(
     max_batch_tokens: options.MaxBatchTokens = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trace: options.Trace = None,
     json_output: Json = False,
 ) -> None:
     """Requests that arrive at random times, with mixed lengths: throughput and latency.
@@ -210,11 +212,8 @@ def mixed(
         block_size=block_size,
         **chosen,
     )
-    bench = MixedBench(shape, load, config)
-    try:
+    with tracing(trace) as recorder, closing(MixedBench(shape, load, config, recorder)) as bench:
         report = bench.measure(lookaheads, repeat=repeat, warm_up=warm_up)
-    finally:
-        bench.close()
     _show_mixed(shape, report)
     if json_output:
         print(json.dumps(report.as_json()))

@@ -11,6 +11,7 @@ import typer
 from gapless.cli import options
 from gapless.cli.setup import load_llm, make_config, warn
 from gapless.cli.signals import INTERRUPTED
+from gapless.cli.timeline import tracing
 from gapless.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def chat(
     graphs: options.Graphs = True,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trace: options.Trace = None,
     config: options.Config = None,
 ) -> None:
     """Talk to a model. Answers stream; /help lists the commands. Also reads turns, one a line, from a pipe."""
@@ -60,7 +62,10 @@ def chat(
         device=device,
         seed=seed,
     )
-    with load_llm(model, engine, load=load, shape=None, tokenizer=None) as llm:
+    with (
+        tracing(trace) as recorder,
+        load_llm(model, engine, load=load, shape=None, tokenizer=None, trace=recorder) as llm,
+    ):
         if not llm.loaded.has_chat_template:
             raise ConfigError(f"{llm.loaded.model_name} has no chat template; gapless generate --raw continues text")
         Conversation(llm, params, system).run()

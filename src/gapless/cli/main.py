@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gapless import __version__
-from gapless.cli import bench, chat, env, generate, options
+from gapless.cli import bench, chat, env, generate, options, timeline
 from gapless.cli.setup import warn
 from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
 from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("timeline")(timeline.timeline)
 app.command("env")(env.env)
 app.add_typer(bench.app, name="bench")
 
@@ -36,11 +37,13 @@ def demo(
     model: options.Model = "demo",
     prompts: Annotated[int | None, typer.Option(min=1, help="Answer only this many of the 45 prompts.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 96,
+    trace: options.Trace = None,
 ) -> None:
     """Answer 45 prompts at once, synchronously and one step ahead, and compare."""
     from gapless.demo import run_demo
 
-    raise typer.Exit(run_demo(model, prompts, max_tokens))
+    with timeline.tracing(trace) as recorder:
+        raise typer.Exit(run_demo(model, prompts, max_tokens, recorder))
 
 
 def _show_version(asked: bool) -> None:

@@ -3,6 +3,7 @@
 from gapless.device.sim.device import SimDevice
 from gapless.device.sim.order import Order, RandomOrder, TimedOrder
 from gapless.device.sim.races import Race, RaceChecker, Use
-from gapless.device.sim.timeline import Span, Timeline
+from gapless.device.sim.timeline import Timeline
+from gapless.spans import Span
 
 __all__ = ["Order", "Race", "RaceChecker", "RandomOrder", "SimDevice", "Span", "TimedOrder", "Timeline", "Use"]

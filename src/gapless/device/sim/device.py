@@ -24,8 +24,9 @@ from gapless.device.sim.order import Order, Ready
 from gapless.device.sim.pinned import TrackedArray
 from gapless.device.sim.races import HOST, RaceChecker
 from gapless.device.sim.streams import Record, SimEvent, SimGraph, SimStream, Wait, Work, call_site
-from gapless.device.sim.timeline import Span, Timeline
+from gapless.device.sim.timeline import Timeline
 from gapless.errors import InternalError
+from gapless.spans import Span
 
 POISON = -1_163_005_939  # what released int32 memory holds: no token, no row, no block
 TICK = 1e-6  # virtual seconds that everything takes where no cost is given
@@ -193,10 +194,11 @@ class SimDevice:
             self._run(self._streams[ready[self.order.must_pick(ready)].stream])
         self.checker.join(0, mark.clock)
         self._acted(event.name, mark.step)
+        begin = self.now
         if mark.at > self.now:
             self.waited += mark.at - self.now
             self.now = mark.at
-        self.timeline.add(Span(HOST, f"waited for {event.name}", -1, "", self.now, self.now))
+        self.timeline.add(Span(HOST, f"waited for {event.name}", -1, "", begin, self.now))
         if mark.error is not None:
             raise mark.error
 

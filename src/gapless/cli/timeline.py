@@ -1,0 +1,76 @@
+"""`gapless timeline`: a trace as a picture, and `--trace` of the commands that make one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gapless.cli.setup import say
+from gapless.cli.signals import held_back
+from gapless.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gapless.trace.record import Trace
+
+
+def timeline(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="What --trace wrote; or two, one a run.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A page, or the picture alone if it ends in .svg.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=200, help="Steps to draw, of typical length.")] = 4,
+) -> None:
+    """Draw lookahead 0 over lookahead 1: what host and device did, on one time scale, and how long the device idled.
+
+    gapless bench decode --lookahead 0 --lookahead 1 --trace out.json
+    gapless timeline out.json -o out.html
+    """
+    from gapless.trace.page import page, picture
+    from gapless.trace.read import read_runs
+
+    path = output or traces[0].with_suffix(".html")
+    check_target(path, "picture")
+    if any(path.resolve() == trace.resolve() for trace in traces):
+        raise ConfigError(f"the picture would overwrite the trace {path}")
+    runs = [run for trace in traces for run in read_runs(trace)]
+    text = picture(runs, steps) if path.suffix == ".svg" else page(runs, steps)
+    path.write_text(text, encoding="utf-8")
+    say(f"{path} shows {', '.join(run.name for run in runs)}")
+
+
+@contextmanager
+def tracing(path: Path | None, *others: str | None) -> Generator[Trace | None]:
+    """A trace for load_engine, written when the block ends, in whatever way; None without a path.
+
+    Raises ConfigError at once if the file may not be written, or is one of the command's `others`.
+    """
+    if path is None:
+        yield None
+        return
+    check_target(path, "trace")
+    if any(other is not None and Path(other).resolve() == path.resolve() for other in others):
+        raise ConfigError(f"the trace would overwrite {path}, which this command reads or writes")
+    from gapless.trace.record import Trace
+
+    trace = Trace()
+    try:
+        yield trace
+    finally:
+        with held_back():
+            trace.write(path)
+        say(f"the trace is in {path}: gapless timeline {path} draws it")
+
+
+def check_target(path: Path, what: str) -> None:
+    """Whether a file can be written there. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"the {what} {path} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} for the {what}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"the {what} {path} may not be written")
