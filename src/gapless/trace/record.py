@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from pathlib import Path
 
@@ -39,6 +40,4 @@ class Trace:
 
 def write_trace(path: Path, runs: list[Run]) -> None:
     """Runs as Chrome trace JSON. Raises OSError."""
-    import json
-
     path.write_text(json.dumps(chrome_trace(runs), separators=(",", ":")), encoding="utf-8")
