@@ -34,6 +34,8 @@ for part in $parts; do
       run python3 scripts/gpu_sampler.py
       section "attention and layer kernels against the reference, times in a graph"
       run python3 scripts/gpu_kernels.py
+      section "linear layers against torch's products"
+      run python3 scripts/gpu_linear.py
       ;;
     bench)
       section "host time per step on a device that does nothing"

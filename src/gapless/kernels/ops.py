@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ class TritonOps:
     def __init__(self, choices: Path | None = None) -> None:
         self._choices = LinearChoices(choices)
         self._arrived: Tensor | None = None
-        self._fused: set[int] = set()  # tokens at which all maps of a layer are ours, so that none needs a norm before
+        self._fused: frozenset[int] = frozenset()  # numbers of tokens
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
         return Normed(add_rms_norm(None, x_TH, weight_H, eps))
@@ -68,13 +68,18 @@ class TritonOps:
                 kinds.setdefault(Kind.of(weight_OI, gated=is_gated), []).append(weight_OI)
         self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=head_OI.device)
         self._choices.prepare(kinds, sizes, self._arrived, seconds_of)
-        in_layers = {(weight_OI, is_gated) for part, is_gated in ((linear, False), (gated, True)) for weight_OI in part}
-        wide = head_OI.dtype == torch.bfloat16  # a residual times its norm's weights may be too large for float16
-        self._fused = {
+        ours = [
             size
             for size in sizes
-            if wide and all(self._choices.get(weight_OI, size, gated=is_gated) for weight_OI, is_gated in in_layers)
-        }
+            if all(self._choices.get(weight_OI, size, gated=False) for weight_OI in linear)
+            and all(self._choices.get(weight_OI, size, gated=True) for weight_OI in gated)
+        ]
+        wide = head_OI.dtype == torch.bfloat16  # a residual times its norm's weights may be too large for float16
+        self.fuse(ours if wide else ())
+
+    def fuse(self, sizes: Collection[int]) -> None:
+        """Make RMSNorm part of the products at these numbers of tokens, at which all maps of a layer must be ours."""
+        self._fused = frozenset(sizes)
 
     def _multiply(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None, *, gated: bool) -> Tensor:
         tiles = None if self._arrived is None else self._choices.get(weight_OI, len(x.x_TH), gated=gated)
