@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+JOBS ?= 2
 SEEDS ?= 100000
 SEED ?= 0
 
@@ -25,7 +26,7 @@ demo: .venv/demo.done
 	$(BIN)/gapless demo
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 race: .venv/dev.done
 	PYTHONPATH=tests $(BIN)/python -m support.sim.race run --seeds $(SEEDS)

@@ -12,7 +12,7 @@ from typing import Literal, Self, Unpack
 
 from gapless.collector import Collector, Generation, Prepared, dead_engine
 from gapless.config import EngineConfig
-from gapless.engine.core import Engine, EngineFailure, EngineStats
+from gapless.engine.core import Engine, EngineFailure, EngineStats, patience
 from gapless.errors import EngineDeadError, InvalidRequestError
 from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
 from gapless.outcome import Committed
@@ -116,13 +116,19 @@ class AsyncLLM:
         return self._engine.stats()
 
     def close(self) -> None:
-        """End the engine, waiting for the step in hand. Iterators that still wait raise EngineDeadError."""
-        self._engine.close()
-        self._desk.join()
+        """End the engine, waiting for the step in hand. Iterators that still wait raise EngineDeadError.
+
+        Waits at most stall_seconds, and 5 s while KeyboardInterrupt, SystemExit or CancelledError is handled.
+        """
+        self._close(patience())
 
     async def aclose(self) -> None:
         """close() without blocking the event loop."""
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self._close, patience())
+
+    def _close(self, wait_seconds: float) -> None:
+        self._engine.close(wait_seconds)
+        self._desk.join()
 
 
 class RequestStream(AsyncIterator[RequestOutput]):

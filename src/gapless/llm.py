@@ -179,7 +179,10 @@ class LLM:
         return self._engine.stats()
 
     def close(self) -> None:
-        """End the engine; a call that still waits in another thread gets EngineDeadError. May be called again."""
+        """End the engine; a call that still waits in another thread gets EngineDeadError. May be called again.
+
+        Waits for the step in hand: at most stall_seconds, and 5 s while KeyboardInterrupt or SystemExit is handled.
+        """
         self._engine.close()
 
     # --------------------------------------------------------------- internal
@@ -249,7 +252,6 @@ class LLM:
     def _next_record(self, *, wait: bool) -> Committed | None:
         record = self._engine.next_output(wait=wait)
         if isinstance(record, EngineFailure):
-            self._engine.outputs.put(record)
             raise dead_engine(record)
         return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,16 @@ from types import TracebackType
 from tqdm import tqdm
 
 _REFRESH_SECONDS = 0.2
+_WIDTH_UNKNOWN = 80
+
+
+def _width() -> int | None:
+    """None: as wide as the terminal is; a number where that says 0 columns, as a plain pty and some containers do."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        known = False
+    return None if known else _WIDTH_UNKNOWN
 
 
 class Progress:
@@ -17,7 +28,11 @@ class Progress:
     def __init__(self, total: int | None, show: bool | None) -> None:
         if show is None:
             show = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="request", dynamic_ncols=True, file=sys.stderr) if show else None
+        self._bar = (
+            tqdm(total=total, unit="request", file=sys.stderr, ncols=_width(), dynamic_ncols=not _width())
+            if show
+            else None
+        )
         self._tokens = 0
         self._started = self._shown = time.perf_counter()
 

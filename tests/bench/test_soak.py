@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gapless.bench.soak import STEADY_STEPS, CountingDevice, Soak, SoakReport
+from gapless.bench.soak import STEADY_STEPS, CountingDevice, Readings, Soak, SoakReport, Window
 from gapless.cli.main import main
 from gapless.config import SchedulerLimits
 from gapless.engine.loop import Loop
@@ -168,6 +169,19 @@ def test_work_that_grows_with_the_steps_is_found():
     assert report.calls_after >= report.calls_before + 8 * STEADY_STEPS
 
 
+def test_growth_is_scaled_only_from_a_run_that_is_long_enough():
+    window = Window(1.0, 1.0, 1.0, 10, 20, 0, 0, 0, 0)
+    windows = [window, replace(window, objects=13)]
+    for size, scaled in [
+        (9_999, "too short a run to tell"),
+        (10_000, "+30 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes"),
+    ]:
+        assert Readings(window_steps=size, windows=windows).growth_text().splitlines() == [
+            "growth, last quarter over first: +3 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes",
+            f"growth per 100,000 steps: {scaled}",
+        ]
+
+
 # ------------------------------------------------------------------------ the command
 
 
@@ -177,7 +191,8 @@ def test_the_command_prints_every_window_and_one_line_of_growth(capsys: pytest.C
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:21]] == [str(10 * number) for number in range(1, 21)]
-    assert sum("growth per 100,000 steps" in line for line in lines) == 1
+    assert sum(line.startswith("growth, last quarter over first: +") for line in lines) == 1
+    assert sum(line.startswith("growth per 100,000 steps: too short a run to tell") for line in lines) == 1
     summary = json.loads(lines[-1])
     assert (summary["steps"], summary["rows"], summary["lookahead"]) == (200, 2, 2)
     assert len(summary["windows"]) == 20

@@ -103,7 +103,8 @@ def test_the_command_prints_every_window_and_one_line_of_growth(capsys: pytest.C
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:21]] == [str(10 * number) for number in range(1, 21)]
-    assert sum("growth per 100,000 steps" in line for line in lines) == 1
+    assert sum(line.startswith("growth, last quarter over first: +") for line in lines) == 1
+    assert sum(line.startswith("growth per 100,000 steps: too short a run to tell") for line in lines) == 1
     summary = json.loads(lines[-1])
     assert len(summary["windows"]) == 20
     assert not any(window["left"] for window in summary["windows"])

@@ -72,6 +72,9 @@ def test_prompts_can_be_written_as_json(gapless: Gapless, options: list[str]):
         (["--lookahead", "-1"], "lookahead must be an integer between 0"),
         (["--dtype", "int4"], "dtype must be one of"),
         (["--load", "dummy"], "--load must be auto or random"),
+        (["--shape", "llama-1b", "--tokenizer", "."], "--shape goes with --load random"),
+        (["--shape", "llama-1b", "--load", "random"], "add --tokenizer FOLDER, or give --input FILE"),
+        (["--model", "./no-model"], "no such file or folder"),
         (["--max-model-len", "many"], "not a size"),
         (["--max-rows", "few"], "--max-rows"),
         (["--no-such-option"], "--no-such-option"),
@@ -165,10 +168,23 @@ def test_env_tells_versions_devices_and_folders(gapless: Gapless):
     ran = gapless("env", "--json")
     assert ran.status == 0
     facts = json.loads(ran.out)
-    assert {"python", "packages", "cores", "devices", "model cache", "demo model"} <= set(facts)
+    assert {"python", "packages", "cores", "devices", "model_cache", "hub_cache", "demo_model"} <= set(facts)
     assert facts["packages"]["torch"]
     assert any(device.startswith("cpu") for device in facts["devices"])
-    assert "torch" in gapless("env").out
+    assert Path(facts["hub_cache"]).is_absolute()
+    shown = gapless("env").out
+    assert "torch" in shown
+    assert f"model cache      {facts['model_cache']}\n" in shown
+
+
+def test_env_tells_the_hub_folder_that_was_chosen(gapless: Gapless, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HOME", "~/elsewhere")
+    assert json.loads(gapless("env", "--json").out)["hub_cache"] == str(Path.home() / "elsewhere")
+
+
+def test_the_help_shows_what_a_size_looks_like(gapless: Gapless):
+    shown = gapless("generate", "--help").out
+    assert all(size in shown for size in ("2G", "512M", "32K", "(32768)"))
 
 
 def test_version_and_help(gapless: Gapless):

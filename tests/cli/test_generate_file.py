@@ -86,6 +86,7 @@ def test_bad_lines_are_named_and_the_others_still_run(gapless: Gapless, options:
     assert "not UTF-8" in errors[18]["error"]
     for line in errors:
         assert f"line {line}: " in ran.err
+    assert ran.err.endswith("gapless: 15 of 18 lines failed\n")
     assert "Traceback" not in ran.err
 
 
@@ -114,8 +115,8 @@ def test_a_model_that_is_missing_leaves_an_existing_output_alone(gapless: Gaples
     target = tmp_path / "out.jsonl"
     target.write_text("earlier results\n")
     argv = ["--model", str(tmp_path / "no-model"), "--input", str(source), "--output", str(target)]
-    ran = gapless("generate", *argv)
-    assert ran.status == 1
+    ran = gapless("generate", *argv, "--overwrite")
+    assert ran.status == 2
     assert "no such file or folder" in ran.err
     assert target.read_text() == "earlier results\n"
 

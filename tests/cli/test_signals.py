@@ -183,7 +183,7 @@ def test_a_file_of_requests_that_is_cut_short_leaves_whole_lines_and_says_how_to
     assert text.endswith("\n")
     records = [json.loads(line) for line in text.splitlines()]
     assert len({record["index"] for record in records}) == len(records)
-    said = re.search(r"; (\d+) of at least (\d+) lines are answered\. To go on, run the lines", err)
+    said = re.search(r"; (\d+) of at least (\d+) lines are answered\. To go on, repeat the command with --resume", err)
     assert said is not None, err
     assert int(said[1]) == len(records) < int(said[2]) <= 20_000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.config import EngineConfig
 from gapless.device.cpu import CpuDevice
-from gapless.engine.build import build_engine
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.build import build_engine, build_loop
 from gapless.engine.core import Engine, EngineFailure
 from gapless.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from gapless.models.base import Model
@@ -28,6 +30,7 @@ from gapless.outcome import Finished
 from gapless.request import FinishReason, Request, SamplingParams
 from gapless.sampling import make_sampler
 from support.hash_model import HashModel, expected_tokens
+from support.waiting import eventually
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -114,6 +117,69 @@ def test_an_engine_that_starts_idle_wakes_at_once_and_goes_idle_again(engine: En
         assert len(tokens[request.request_id]) == 20
 
 
+class Bell(threading.Event):
+    """Remembers how it was waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timeouts: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.timeouts.append(timeout)
+        return super().wait(timeout)
+
+
+class WatchedEngine(Engine):
+    """Its bell is watched, and a request can come in at the moment at which the inbox was found empty."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.bell = Bell()
+        self.inbox = Inbox(self)
+        self.set_up = threading.Event()
+        cpu, model = torch.device("cpu"), HashModel()
+        loop, limits = build_loop(model, config, CpuDevice(), make_sampler(cpu), torch.float32)
+        super().__init__(loop, Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed))
+        self.set_up.wait()
+
+    def _run(self) -> None:
+        self._wake, self._inbox = self.bell, self.inbox
+        self.set_up.set()
+        super()._run()
+
+
+class Inbox(queue.SimpleQueue[Any]):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.late: list[Request] = []
+
+    def empty(self) -> bool:
+        found = super().empty()
+        if found and self.late:
+            self._engine.submit([self.late.pop()])
+        return found
+
+
+def test_an_idle_engine_waits_for_the_bell_without_looking_up():
+    engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"))
+    for turn in range(3):
+        eventually(lambda: len(engine.bell.timeouts) > turn)  # noqa: B023
+        request = engine.make_request([1], GREEDY)
+        engine.submit([request])
+        collect(engine, [request])
+    engine.close()
+    assert set(engine.bell.timeouts) == {None}
+
+
+def test_a_request_that_comes_when_the_inbox_was_just_found_empty_is_not_slept_through():
+    engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"))
+    first, late = engine.make_request([1], GREEDY), engine.make_request([2], GREEDY)
+    engine.inbox.late.append(late)
+    engine.submit([first])
+    tokens, _ = collect(engine, [first, late])
+    assert tokens[late.request_id] == expected_tokens([2], 21, [])
+    engine.close()
+
+
 def test_an_idle_engine_uses_no_cpu():
     others = set(threading.enumerate())
     engine = make_engine()
@@ -152,6 +218,36 @@ def test_a_cancel_between_two_steps_ends_the_request_with_its_one_terminal_event
         engine.close()
 
 
+class PausingModel(GatedModel):
+    """Stands still in one of its steps only."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        self.left -= 1
+        return super().forward(tokens_T, kv, batch) if self.left == -1 else HashModel.forward(self, tokens_T, kv, batch)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("known", [0, 1, 5, 8])
+def test_a_cancel_takes_effect_with_the_step_in_hand(lookahead: int, known: int):
+    """Only that step and those launched behind it run, and no more tokens come than they bring."""
+    model = PausingModel(known)
+    engine = make_engine(model, lookahead=lookahead)
+    request = engine.make_request([1], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    engine.submit([request])
+    assert model.entered.wait(30)
+    eventually(lambda: engine.stats().scheduler.steps > known + lookahead)  # all that may be launched
+    engine.cancel([request.request_id])
+    model.gate.set()
+    tokens, ends = collect(engine, [request])
+    assert known <= len(tokens[request.request_id]) == ends[request.request_id].generated <= known + 1 + lookahead
+    engine.close()  # which waits for the steps in flight
+    assert engine.stats().scheduler.steps <= known + 1 + lookahead
+
+
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, steps: int):
@@ -170,6 +266,18 @@ def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, st
     healthy.submit([request])
     assert collect(healthy, [request])[0][request.request_id] == expected_tokens([5], 21, [])
     healthy.close()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_who_asks_a_dead_engine_for_more_is_told_again_and_again(wait: bool):
+    engine = make_engine(FailingModel(2))
+    engine.submit([engine.make_request([1], GREEDY)])
+    while not isinstance(engine.next_output(), EngineFailure):
+        pass
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="a kernel went wrong") as caught:
+            engine.next_output(wait=wait)
+        assert isinstance(caught.value.__cause__, ArithmeticError)
 
 
 class BrokenDevice(CpuDevice):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-from engine.test_core import GREEDY, make_engine
+from engine.test_core import GREEDY, collect, make_engine
 from engine.test_faults import assert_healthy
 from frontend.tiny import tiny_engine
 from gapless import LLM, AsyncLLM, EngineConfig, SamplingParams
 from gapless.attention.base import AttentionBatch, LayerKV
-from gapless.engine.core import EngineFailure
+from gapless.engine.core import Engine, EngineFailure
 from gapless.errors import ConfigError, EngineDeadError
 from gapless.outcome import Committed
 from gapless.request import Request
-from support.hash_model import HashModel
+from support.hash_model import HashModel, expected_tokens
 from support.waiting import eventually
 
 LOOKAHEADS = [0, 1, 2]
@@ -45,6 +49,44 @@ class StuckModel(HashModel):
             self.stands.set()
             self.gate.wait()
         return super().forward(tokens_T, kv, batch)
+
+
+class InterruptingModel(StuckModel):
+    """Presses Ctrl-C when it stands still."""
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().forward(tokens_T, kv, batch)
+
+
+class LineModel(StuckModel):
+    """Its fifth step says so on stdout and ends when a line comes in on stdin."""
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        if self.left == 0:
+            print("stands", flush=True)
+            sys.stdin.readline()
+            self.gate.set()
+        return super().forward(tokens_T, kv, batch)
+
+
+def python(script: str) -> list[str]:
+    """The command that runs a script beside these tests."""
+    return [sys.executable, "-c", f"import sys; sys.path[:0] = sys.argv[1:]\n{script}", str(Path(__file__).parents[1])]
+
+
+async def read(llm: AsyncLLM, number: int) -> None:
+    async for _ in llm.generate([number], LONG):
+        pass
+
+
+INTERRUPTED = [
+    "LLM.from_loaded(loaded).generate([1], LONG)",
+    "llm = LLM.from_loaded(loaded)\ntry:\n    llm.generate([1], LONG)\nfinally:\n    llm.close()",
+    "async def main():\n    async with AsyncLLM.from_loaded(loaded) as llm:\n        await read(llm, 1)\n"
+    "asyncio.run(main())",
+]
 
 
 @pytest.fixture
@@ -82,10 +124,93 @@ def test_a_stalled_engine_that_goes_on_after_all_ends_without_another_word(stuck
         pass
     stuck.gate.set()
     eventually(lambda: not any(each.name == "gapless-engine" for each in threading.enumerate()))
-    records: list[object] = []
-    while (record := engine.next_output(wait=False)) is not None:
-        records.append(record)
-    assert not any(isinstance(record, EngineFailure) for record in records)
+    assert not any(isinstance(record, EngineFailure) for record in read_out(engine))
+
+
+def test_an_engine_that_goes_on_once_it_was_found_overdue_lives(stuck: StuckModel):
+    engine = make_engine(stuck, stall_seconds=SHORT)
+    request = engine.make_request([1], GREEDY)
+    engine.submit([request])
+    assert stuck.stands.wait(30)
+    eventually(lambda: engine.stats().seconds_since_progress > 3 * SHORT)  # nobody has looked so far
+    engine.check_alive()
+    stuck.gate.set()
+    assert collect(engine, [request])[0][request.request_id] == expected_tokens([1], 21, [])
+    engine.check_alive()
+    engine.close()
+
+
+def read_out(engine: Engine) -> Iterator[object]:
+    """What a dead engine has left to say."""
+    with suppress(EngineDeadError):
+        while True:
+            yield engine.next_output()
+
+
+class Meeting(float):
+    """A time that two threads must be about to tell before either does."""
+
+    meeting = threading.Barrier(2)
+
+    def __format__(self, spec: str, /) -> str:
+        with suppress(threading.BrokenBarrierError):
+            self.meeting.wait(5)
+        return super().__format__(spec)
+
+
+def test_two_threads_that_find_the_stall_at_once_publish_one_failure(stuck: StuckModel):
+    engine = make_engine(stuck, stall_seconds=Meeting(SHORT))
+    engine.submit([engine.make_request([1], GREEDY)])
+    assert stuck.stands.wait(30)
+    threads = [threading.Thread(target=engine.close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not Meeting.meeting.broken
+    assert sum(isinstance(record, EngineFailure) for record in read_out(engine)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of job control")
+def test_a_process_that_was_suspended_goes_on():
+    script = (
+        "from engine.test_stalls import LONG, LineModel, tiny_engine\n"
+        "from gapless import LLM\n"
+        "llm = LLM.from_loaded(tiny_engine(LineModel(), stall_seconds=1.0))\n"
+        "print(len(llm.generate([1, 2, 3], LONG)[0].outputs[0].token_ids))\n"
+    )
+    with subprocess.Popen(python(script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "stands\n"
+        child.send_signal(signal.SIGSTOP)
+        until = time.monotonic() + 1.5
+        eventually(lambda: time.monotonic() > until)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.send_signal(signal.SIGCONT)
+        assert child.communicate(timeout=60)[0] == "100\n"
+    assert child.returncode == 0
+
+
+def test_an_interrupted_process_with_a_hung_device_ends_without_waiting_for_it():
+    """Their stall_seconds are longer than the patience of this test."""
+    script = (
+        "import asyncio\n"
+        "from engine.test_stalls import LONG, InterruptingModel, read, tiny_engine\n"
+        "from gapless import LLM, AsyncLLM\n"
+        "loaded = tiny_engine(InterruptingModel(), stall_seconds=600.0)\n"
+    )
+    children = [subprocess.Popen(python(script + lines), stderr=subprocess.PIPE, text=True) for lines in INTERRUPTED]
+    try:
+        for child in children:
+            _, told = child.communicate(timeout=60)
+            assert child.returncode == -signal.SIGINT, told
+            assert told.endswith("KeyboardInterrupt\n")
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 def test_an_idle_engine_does_not_stall():
@@ -129,10 +254,6 @@ def test_an_llm_tells_who_reads_and_who_waits_for_a_turn(stuck: StuckModel):
 
 
 def test_an_async_llm_tells_every_task(stuck: StuckModel):
-    async def read(llm: AsyncLLM, number: int) -> None:
-        async for _ in llm.generate([number], LONG):
-            pass
-
     async def scenario() -> None:
         async with AsyncLLM.from_loaded(tiny_engine(stuck, stall_seconds=SHORT)) as llm:
             ends = await asyncio.gather(*(read(llm, number) for number in range(5)), return_exceptions=True)
@@ -166,7 +287,6 @@ def test_a_limit_must_be_a_time(seconds: float):
 
 def test_a_process_with_a_stalled_engine_ends():
     script = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from engine.test_stalls import LONG, SHORT, StuckModel, tiny_engine\n"
         "from gapless import LLM\n"
         "from gapless.errors import EngineDeadError\n"
@@ -174,7 +294,6 @@ def test_a_process_with_a_stalled_engine_ends():
         "try:\n    llm.generate([1, 2, 3], LONG)\n"
         "except EngineDeadError as error:\n    print(error)\n"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parents[1])]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(python(script), capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert SAYS in ended.stdout

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from types import FrameType
 
+import numpy as np
 import pytest
 
 from gapless.bench.host import steady_loop
+from gapless.config import EngineConfig
 from gapless.request import SamplingParams
+from gapless.rows import RowState
+from support.harness import Harness
 from support.sim.rig import run
 from support.sim.schedule import Move, Schedule
 
@@ -39,6 +44,27 @@ def test_a_batch_full_of_prompts_does_not_deadlock(lookahead: int, max_tokens: i
     assert len(result.finished) == 9
 
 
+@pytest.mark.parametrize("lookahead", range(3))
+def test_a_prompt_goes_on_in_every_step_while_others_decode_and_wait(lookahead: int):
+    config = EngineConfig(lookahead=lookahead, max_rows=3, max_batch_tokens=5, num_blocks=64, device="cpu")
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    seen = 0
+    with Harness(config) as engine:
+        table = engine.scheduler.rows
+        for number in range(8):
+            engine.add([number] * (1 + 17 * (number % 3)), params)
+        while engine.loop.has_work:
+            pending = np.where(table.state == RowState.RUNNING, table.length - table.computed, 0)
+            prompts, decodes = np.flatnonzero(pending > 1), int((pending == 1).sum())
+            computed, ids = table.computed.copy(), table.request_id.copy()
+            engine.step()
+            if prompts.size:
+                row = prompts[ids[prompts].argmin()]
+                assert table.computed[row] - computed[row] == min(5 - decodes, pending[row])
+                seen += decodes > 0
+    assert seen > 10
+
+
 def calls_per_step(queue: int, context: int, steps: int = 40) -> int:
     """Calls of Python and C functions in steady decode steps, none of which needs a new block."""
     loop = steady_loop(8, context, queue, 4 * steps, 1)
@@ -65,3 +91,21 @@ def test_the_work_of_a_step_grows_neither_with_the_waiting_queue_nor_with_the_co
     assert base > 20
     assert calls_per_step(queue=10_000, context=32) == base
     assert calls_per_step(queue=0, context=2048) == base
+
+
+def cpu_time_of_a_step(queue: int, context: int) -> int:
+    """The least of many, in nanoseconds of this thread: whatever else the machine does only adds to it."""
+    loop = steady_loop(8, context, queue, 70, 1)
+    times: list[int] = []
+    for _ in range(60):
+        begin = time.thread_time_ns()
+        loop.step()
+        times.append(time.thread_time_ns() - begin)
+    return min(times)
+
+
+def test_no_call_in_a_step_hides_work_on_all_that_waits_or_on_whole_contexts():
+    """One call can do it, so this is counted in CPU time: about 40 us, and milliseconds if it did."""
+    base = cpu_time_of_a_step(queue=0, context=64)
+    assert cpu_time_of_a_step(queue=100_000, context=64) < 4 * base
+    assert cpu_time_of_a_step(queue=0, context=100_000) < 4 * base

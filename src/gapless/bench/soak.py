@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from gapless.scheduler import SchedulerStats
 TIMES = ("wall_us", "wall_us_p10", "cpu_us")
 COUNTS = ("objects", "blocks", "tensor_bytes", "pinned_bytes", "resident_bytes")
 WINDOWS = 20
+LONG_ENOUGH = 20_000  # steps, to scale what grew; less is still warming up
 STEADY_STEPS = 200
 _STEADY_LEAD = 20  # steps until the pipeline is full and only decodes
 _PROMPTS = (1, 5, 20, 80, 250)  # tokens; a step has room for 64 besides the decoding rows
@@ -95,6 +96,16 @@ class Readings(Generic[AnyWindow]):
     def growth_per_100k(self, field: str) -> float:
         """The growth from the middle of the first quarter to that of the last, scaled to 100,000 steps."""
         return self.growth(field) * 100_000 / (self.window_steps * (len(self.windows) - self._quarter))
+
+    def growth_text(self) -> str:
+        """What grew, as counted, and per 100,000 steps if there were LONG_ENOUGH."""
+        names = ("objects", "blocks", "tensor_bytes", "pinned_bytes")
+
+        def listed(growth: Callable[[str], float]) -> str:
+            return ", ".join(f"{growth(name):+.0f} {name.replace('_', ' ')}" for name in names)
+
+        scaled = listed(self.growth_per_100k) if self.steps >= LONG_ENOUGH else "too short a run to tell"
+        return f"growth, last quarter over first: {listed(self.growth)}\ngrowth per 100,000 steps: {scaled}"
 
     def ratio(self, field: str) -> float:
         """A field of a window, end over start."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 
-from gapless.cli.files import ResultWriter
+from gapless.cli.files import Kept, ResultWriter
 from gapless.cli.jobs import BadLineError, Line, LineReader, parse_line
 from gapless.cli.setup import warn
 from gapless.collector import Prepared
@@ -17,23 +17,44 @@ from gapless.request import SamplingParams
 
 
 class BatchRun:
-    """Runs the lines of one input through one model. At most `window` requests are in memory."""
+    """Runs the lines of one input through one model. At most `window` requests are in memory.
 
-    def __init__(self, llm: LLM, defaults: SamplingParams, writer: ResultWriter, lines: LineReader) -> None:
+    resumable  whether the output is a file, so that --resume can go on with it
+    errors     lines that failed, those of an earlier run included
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        defaults: SamplingParams,
+        writer: ResultWriter,
+        lines: LineReader,
+        *,
+        kept: Kept,
+        resumable: bool,
+    ) -> None:
         self._llm = llm
         self._defaults = defaults
         self._writer = writer
         self._lines = lines
         self._open: dict[str, tuple[int, object]] = {}  # request id -> index and id of its line
-        self.errors = 0
+        self._kept = kept
+        self._resumable = resumable
+        self.errors = kept.failed
 
     def progress(self) -> str:
         """How far the output is, and how to go on from there: for the last words of a run that was cut short."""
         more = "" if self._lines.ended else "at least "
-        return (
-            f"{self._writer.written} of {more}{self._lines.drawn} lines are answered. To go on, run the lines whose "
-            "index the output does not have, with another --output"
+        how = (
+            "repeat the command with --resume"
+            if self._resumable
+            else "run the lines whose index the output does not have"
         )
+        return f"{self._writer.written} of {more}{self._drawn} lines are answered. To go on, {how}"
+
+    @property
+    def _drawn(self) -> int:
+        return max(self._lines.drawn, self._kept.lines)
 
     def run(self) -> None:
         window = max(64, 2 * self._llm.loaded.config.max_rows)
@@ -43,6 +64,8 @@ class BatchRun:
         ):
             for output in outputs:
                 self._book(output)
+        if self.errors:
+            warn(f"{self.errors} of {self._drawn} lines failed")
 
     def _requests(self) -> Iterator[Prepared | None]:
         while True:
@@ -55,13 +78,17 @@ class BatchRun:
                 yield prepared
 
     def _prepare(self, line: Line) -> Prepared | None:
+        """None for a line that is bad, or answered already: it is prepared since later seeds follow from the order."""
         given_id: object = None
         try:
             job, given_id = parse_line(line.data, self._defaults)
             prepared = self._llm.prepare(job.prompt, job.params)
         except InvalidRequestError as error:
             given_id = error.given_id if isinstance(error, BadLineError) else given_id
-            self._refuse(line, given_id, str(error))
+            if line.index not in self._kept.indexes:
+                self._refuse(line, given_id, str(error))
+            return None
+        if line.index in self._kept.indexes:
             return None
         self._open[str(prepared.request_id)] = (line.index, given_id)
         return prepared

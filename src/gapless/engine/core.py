@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import queue
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from gapless.request import Request, SamplingParams
 from gapless.scheduler import SchedulerStats
 
 RUINED = "The GPU can not be used by this process any more: start the process again"
+GRACE_SECONDS = 5.0  # at most, from the first overdue look at a stall to the engine's death
+LEAVE_SECONDS = 5.0  # that close() waits for the device when the process ends or is interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class Engine:
     next_output(), which also notices a stall: a device that ends no step holds the engine's thread in its one wait, so
     those who wait for the engine must look at the clock.
 
-    stall_seconds  time without progress after which the engine is given up; 0: never.
+    stall_seconds  time without progress after which the engine is given up, a short grace later; 0: never.
     """
 
     def __init__(self, loop: Loop, admission: Admission, stall_seconds: float = 0.0) -> None:
@@ -75,10 +79,13 @@ class Engine:
         self._active_since: float | None = None
         self._progress_at = 0.0
         self._stall_seconds = stall_seconds
-        self._stalled = False
+        self._overdue = (0.0, 0.0)  # the progress mark that was found overdue, and when
+        self._left_behind = False  # the thread: it may never come back, nobody waits for it
+        self._last_word = threading.Lock()  # taken for good by who publishes the failure
+        self._told = False  # the failure has been published
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # a worker inside torch must not outlive the interpreter
+        atexit.register(self.close, LEAVE_SECONDS)  # a worker inside torch must not outlive the interpreter
 
     # ------------------------------------------------------------ any thread
 
@@ -110,13 +117,19 @@ class Engine:
             raise self._death()
 
     def next_output(self, *, wait: bool = True) -> Committed | EngineFailure | None:
-        """The next of `outputs`. None if there is none yet and we shall not wait."""
+        """The next of `outputs`. None if there is none yet and we shall not wait.
+
+        Raises EngineDeadError once the EngineFailure has been read.
+        """
         while True:
-            try:
-                return self.outputs.get(wait, self._look_for_stall())
-            except queue.Empty:
-                if not wait:
-                    return None
+            left = self._look_for_stall()
+            told = self._told
+            with suppress(queue.Empty):
+                return self.outputs.get(wait and not told, left)
+            if told:
+                raise self._death()
+            if not wait:
+                return None
 
     def stats(self) -> EngineStats:
         """A snapshot; exact once the engine is idle."""
@@ -140,34 +153,62 @@ class Engine:
         self._closing = True
         self._wake.set()
 
-    def close(self) -> None:
+    def close(self, wait_seconds: float | None = None) -> None:
         """Stop after the step in hand; unfinished requests end with EngineDeadError. May be called again.
 
-        Waits for the device no longer than stall_seconds. The thread of a stalled engine is left behind.
+        Waits for the device no longer than stall_seconds, nor than wait_seconds, which is patience() if it is None.
+        After that the engine's thread is left behind.
         """
         self._closing = True
         self._wake.set()
         if threading.current_thread() is self._thread:
             return
-        while self._thread.is_alive() and not self._stalled:
-            self._thread.join(self._look_for_stall())
+        until = time.perf_counter() + (patience() if wait_seconds is None else wait_seconds)
+        while self._thread.is_alive() and not self._left_behind:
+            stall, left = self._look_for_stall(), until - time.perf_counter()
+            if left <= 0:
+                self._leave_behind()
+            else:
+                self._thread.join(left if stall is None else min(left, stall))
 
     def _seconds_since_progress(self, now: float) -> float:
         since = self._active_since
         return 0.0 if since is None else now - max(since, self._progress_at)
 
     def _look_for_stall(self) -> float | None:
-        """Give the engine up if it has stalled. Returns the seconds until that can be so next, None for never."""
-        if not self._stall_seconds or self._stalled:
+        """Give the engine up if it has stalled. Returns the seconds until that can be so next, None for never.
+
+        In a process that was suspended, who waits may wake before the engine's thread can end its step. So the engine
+        is given up only if it is found overdue twice, a grace apart, with no progress between.
+        """
+        if not self._stall_seconds or self._left_behind:
             return None
-        left = self._stall_seconds - self._seconds_since_progress(time.perf_counter())
+        now, since = time.perf_counter(), self._active_since
+        if since is None:
+            return self._stall_seconds
+        mark = max(since, self._progress_at)
+        left = mark + self._stall_seconds - now
+        if left > 0:
+            return left
+        if self._overdue[0] != mark:
+            self._overdue = (mark, now)
+        left = self._overdue[1] + min(self._stall_seconds, GRACE_SECONDS) - now
         if left <= 0:
-            self._error = self._error or TimeoutError(
-                f"the device has made no progress for {self._stall_seconds:g} s (stall_seconds)"
-            )
-            self._closing = self._stalled = True  # should the device go on after all, the thread ends
-            self.outputs.put(EngineFailure(self._death()))
+            error = TimeoutError(f"the device has made no progress for {self._stall_seconds:g} s (stall_seconds)")
+            self._leave_behind(error)
         return max(left, 0.0)
+
+    def _leave_behind(self, error: BaseException | None = None) -> None:
+        """End the engine though its thread does not; should the device go on after all, the thread ends."""
+        self._error = self._error or error
+        self._closing = self._left_behind = True
+        self._publish_failure()
+
+    def _publish_failure(self) -> None:
+        """Once, whoever calls."""
+        if self._last_word.acquire(blocking=False):
+            self.outputs.put(EngineFailure(self._death()))
+            self._told = True
 
     # --------------------------------------------------------- engine thread
 
@@ -191,8 +232,7 @@ class Engine:
                 self._stop_clock()
                 _drop_locals(self._error)
                 atexit.unregister(self.close)
-                if not self._stalled:
-                    self.outputs.put(EngineFailure(self._death()))
+                self._publish_failure()
 
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""
@@ -228,6 +268,11 @@ class Engine:
         error = EngineDeadError(f"the engine failed: {type(self._error).__name__}: {self._error}{advice}")
         error.__cause__ = self._error
         return error
+
+
+def patience() -> float:
+    """Seconds that a close() waits for the device: few while an interrupt, an exit or a cancel is being handled."""
+    return threading.TIMEOUT_MAX if isinstance(sys.exception(), Exception | None) else LEAVE_SECONDS
 
 
 def _drop_locals(error: BaseException | None) -> None:
