@@ -12,15 +12,14 @@ import torch
 
 from gapless.config import SchedulerLimits
 from gapless.device.base import Access, Note
-from gapless.device.sim.streams import SimStream
-from gapless.engine.layout import StepInputs, StepShape
-from gapless.engine.runner import Runner
+from gapless.device.sim.streams import SimStream, Work
+from gapless.engine.layout import StepShape
 from gapless.engine.slots import Slot
 from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
 from support.sim.faults.memory import SlotTooEarly, shared
-from support.sim.faults.tokens import LivePlan
-from support.sim.parts import Parts, RigRunner, RigScheduler
+from support.sim.faults.tokens import DeltasByTheHost, DeltasDeclaredAsNothing, LivePlan
+from support.sim.parts import Parts, RigDevice, RigRunner, RigScheduler
 from support.sim.rig import Result, Rig
 from support.sim.schedule import Schedule, generate
 
@@ -50,21 +49,19 @@ class _Watch:
         self._tables |= tables.sampling.by_name()
         self.accept_tables()
 
-    def watched(self, work: Callable[[], None], note: Note, stream: str) -> Callable[[], None]:
+    def queued(self, note: Note) -> None:
         if note.name == "copy in":
             self._launched[note.step] = self._slots[note.slot].host_in.clone()
 
-        def run() -> None:
-            self.compare_tables("the host")
-            self._compare_inputs(note, "before")
-            try:
-                work()
-                self._compare_inputs(note, "after")
-                self.seen[note.name] += 1
-            finally:  # what a step changes before it runs out of memory counts, too
-                self.compare_tables(stream)
+    def before(self, note: Note) -> None:
+        self.compare_tables("the host")
+        self._compare_inputs(note, "before")
 
-        return run
+    def after(self, note: Note, stream: SimStream) -> None:
+        if stream.faults.error is None:
+            self._compare_inputs(note, "after")
+            self.seen[note.name] += 1
+        self.compare_tables(stream.name)  # what a step changes before it runs out of memory counts, too
 
     def _compare_inputs(self, note: Note, when: str) -> None:
         """A slot holds what was launched, in pinned memory until the copy has run and on the device from then on."""
@@ -94,11 +91,23 @@ class _WatchedRig(Rig):
     def __init__(self, schedule: Schedule, parts: Parts) -> None:
         self.watch = watch = _Watch()
 
-        class Watched(SimStream):
+        class Stream(SimStream):
             def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-                super().enqueue(watch.watched(work, note, self.name) if note else work, note)
+                if note is not None:
+                    watch.queued(note)
+                super().enqueue(work, note)
 
-        super().__init__(schedule, replace(parts, stream=Watched))
+        class Device(RigDevice):
+            def _run(self, stream: SimStream) -> None:
+                work, runs = stream.queue[0], stream.faults.error is None
+                assert isinstance(work, Work)
+                if runs:
+                    watch.before(work.note)
+                super()._run(stream)
+                if runs:
+                    watch.after(work.note, stream)
+
+        super().__init__(schedule, replace(parts, device=Device, stream=Stream))
         watch.begin(self)
 
     def poison_row(self, row: int) -> None:
@@ -207,26 +216,7 @@ def test_tables_on_the_device_are_changed_by_the_compute_stream_only():
     assert seen.keys() >= TABLES
 
 
-class _DeltasByTheHost(RigRunner):
-    """The host writes the deltas into the tables when it launches the step."""
-
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape), shape)
-        super().launch(plan, slot, shape)
-
-
-class _DeltasOnCopyStream(RigRunner):
-    """The copy stream does, and declares nothing of it."""
-
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        def apply() -> None:
-            Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape), shape)
-
-        self._h2d.enqueue(apply, Note("deltas", plan.step, slot.letter, list))
-        super().launch(plan, slot, shape)
-
-
-@pytest.mark.parametrize(("runner", "by"), [(_DeltasByTheHost, "the host"), (_DeltasOnCopyStream, "h2d")])
+@pytest.mark.parametrize(("runner", "by"), [(DeltasByTheHost, "the host"), (DeltasDeclaredAsNothing, "h2d")])
 @pytest.mark.parametrize("table", ["block table", "temperature"])
 def test_tables_that_others_change_would_be_seen(runner: type[RigRunner], by: str, table: str):
     assert is_seen(f"{table} was changed by {by}", Parts(runner=runner))

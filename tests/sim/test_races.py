@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gapless.device.base import Access, Note
 from gapless.device.sim import Race, RandomOrder, SimDevice
+from gapless.device.sim.races import OutOfRangeError
 from gapless.device.sim.streams import SimStream
 from gapless.errors import InternalError
 
@@ -279,6 +280,25 @@ def test_a_replay_is_booked_with_what_was_captured():
     assert {race.first.what, race.second.what} == {"replay 5 A", "work 6"}
 
 
+def test_work_of_a_step_that_declares_nothing_is_refused_unless_it_is_the_replay_of_a_graph_that_does():
+    b = bench()
+    declares = b.device.capture(lambda: None, b.first, list)
+    declares_not = b.device.capture(lambda: None, b.first)
+    b.first.enqueue(declares.replay, Note("replay", 0, "A"))
+    for work in (declares_not.replay, lambda: declares.replay()):
+        with pytest.raises(InternalError, match="replay of step 1 does not declare what it touches"):
+            b.first.enqueue(work, Note("replay", 1, "A"))
+
+
+@pytest.mark.parametrize("row", [-1, 4])
+def test_a_row_that_the_buffer_does_not_have_is_told_as_what_it_is(row: int):
+    b = bench()
+    b.work(b.first, 3, write=True, rows=[0, row])
+    b.first.record(done := b.device.event("done"))
+    with pytest.raises(OutOfRangeError, match=rf"work 3 declares table \[{row}\], of 4"):
+        done.synchronize()
+
+
 def test_poison_is_a_write_and_ruins_what_was_there():
     b = bench()
     b.work(b.first, 0, write=False, rows=[1])
@@ -316,9 +336,27 @@ def test_the_audit_finds_a_write_that_was_not_declared():
             run_audited(write, [2], writes_row_two)
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_audit_holds_work_that_declares_an_empty_list_to_that(replayed: bool):
+    b = bench(audit=True)
+    b.work(b.first, 0, write=True)
+    graph = b.device.capture(lambda: void(b.table.fill_(0.0)), b.first, list)
+    if replayed:
+        b.first.enqueue(graph.replay, Note("replay", 1, ""))
+    else:
+        b.first.enqueue(lambda: void(b.table.fill_(0.0)), Note("work", 1, "", list))
+    b.first.record(done := b.device.event("done"))
+    with pytest.raises(InternalError, match="wrote to table without declaring it"):
+        done.synchronize()
+
+
 def test_the_audit_hides_what_was_not_declared_for_reading():
     def copies_row_three(table: torch.Tensor) -> None:
         table[0] = table[3]
 
     assert run_audited([0], [3], copies_row_three).tolist() == [4.0, 2.0, 3.0, 4.0]
     assert run_audited([0], [2], copies_row_three)[0].isnan()
+
+
+def void(_: object) -> None:
+    pass

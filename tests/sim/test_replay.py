@@ -52,6 +52,17 @@ def test_shrinking_gives_a_small_schedule_that_fails_alike(name: str, most_moves
     assert run(small).violation is None
 
 
+@pytest.mark.parametrize("content", [None, "nonsense", "[]", "{}", '{"moves": 3}', '{"moves": [{}]}', '{"moves": []}'])
+def test_a_file_that_is_no_schedule_is_refused_in_one_line(tmp_path: Path, content: str | None):
+    path = tmp_path / "schedule.json"
+    if content is not None:
+        path.write_text(content)
+    shown = CliRunner().invoke(app, ["replay", "--schedule", str(path)])
+    assert shown.exit_code == 2
+    assert shown.output.startswith(f"error: {path} holds no schedule: ")
+    assert shown.output.count("\n") == 1
+
+
 def test_the_replay_command_shows_lanes_and_writes_a_chrome_trace(tmp_path: Path):
     trace, saved = tmp_path / "trace.json", tmp_path / "schedule.json"
     shown = CliRunner().invoke(app, ["replay", "--seed", "3", "--trace", str(trace), "--save", str(saved)])

@@ -55,6 +55,7 @@ def test_the_schedules_meet_everything_that_they_are_there_for():
         met[f"lookahead {schedule.lookahead}"] += 1
         met["graphs"] += schedule.graphs
         met["late reader"] += schedule.reader_lag > 0
+        met["audits"] += schedule.audit
         met["ends by length"] += reasons[FinishReason.LENGTH]
         met["ends by stop"] += reasons[FinishReason.STOP]
         met["cancels"] += reasons[FinishReason.CANCELLED]
@@ -67,6 +68,14 @@ def test_the_schedules_meet_everything_that_they_are_there_for():
     wanted |= {f"out of memory {place}" for place in SHORTAGES}
     assert wanted <= set(met)
     assert min(met.values()) > 3, met
+
+
+def test_prompts_have_any_length_and_answers_any_or_no_limit():
+    schedules = [generate(seed) for seed in range(CHUNKS * CHUNK)]
+    adds = [(schedule.max_length, move) for schedule in schedules for move in schedule.moves if move.kind == "add"]
+    lengths = {(limit, len(move.prompt)) for limit, move in adds}
+    assert lengths == {(limit, length) for limit in (12, 24, 40) for length in range(1, limit)}
+    assert {move.params.max_tokens for _, move in adds} == {None, *range(1, 41)}
 
 
 def cancelled_at(result: Result) -> set[str]:

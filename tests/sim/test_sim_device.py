@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from gapless.device.base import Note
+from gapless.device.base import Access, Note
 from gapless.device.sim import RandomOrder, SimDevice, TimedOrder
 from gapless.errors import InternalError
 
@@ -35,6 +35,26 @@ def test_nothing_runs_before_the_order_picks_it():
     done.synchronize()
     assert seen == ["x", "y", "z"]
     assert done.done()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_event_that_a_poll_finds_done_orders_the_host_behind_it(seed: int):
+    device = device_of(seed)
+    stream, done, pinned = device.stream("copies"), device.event("done"), device.pinned(1, "source")
+    stream.enqueue(lambda: None, Note("copy in", 0, "A", lambda: [Access("source", pinned, None, False)]))
+    stream.record(done)
+    assert any(done.done() for _ in range(10))
+    device.host_view(pinned)[0] = 1
+    assert device.checker.races == []
+
+
+def test_a_poll_that_finds_nothing_lets_the_device_do_one_piece_of_work():
+    device, seen = device_of(eagerness=LAZY), list[str]()
+    stream, done = device.stream("a"), device.event("done")
+    for name in "xyz":
+        stream.enqueue(add(seen, name))
+    stream.record(done)
+    assert [(done.done(), len(seen)) for _ in range(5)] == [(False, 1), (False, 2), (False, 3), (True, 3), (True, 3)]
 
 
 def test_a_copy_reads_pinned_memory_when_it_runs_and_not_when_it_is_queued():

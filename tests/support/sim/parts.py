@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapless.blocks import BlockPool
+from gapless.budget import FIRST_PATIENCE
 from gapless.config import SchedulerLimits
 from gapless.device.base import Access
 from gapless.device.sim import Order, SimDevice
@@ -54,7 +55,8 @@ class Violation:
     @property
     def kind(self) -> str:
         """The finding, and the class of an error."""
-        return f"error: {self.text.split(':')[0]}" if self.finding == "error" else self.finding
+        begins = self.text.split(":")[0]
+        return f"{self.finding}: {begins}" if begins.endswith("Error") else self.finding
 
     def __str__(self) -> str:
         return f"{self.finding}: {self.text}"
@@ -68,14 +70,59 @@ class Broken(Exception):  # noqa: N818 - not an error of the program
         self.violation = Violation(finding, text)
 
 
-class RigDevice(SimDevice):
-    """Runs out of memory where the schedule says, with streams and events that a fault may replace."""
+@dataclass(slots=True)
+class _Watched:
+    """A buffer on the device, and what it held when something that may write to it was there last."""
 
-    def __init__(self, order: Order, parts: Parts, *, captures_graphs: bool) -> None:
-        super().__init__(order, captures_graphs=captures_graphs, audit=parts.audit)
+    name: str
+    memory: NDArray[np.generic]
+    content: bytes
+
+    def check(self) -> None:
+        before, self.content = self.content, self.memory.tobytes()
+        if self.content != before:
+            raise Broken("books", f"{self.name} changed outside queued work")
+
+
+class RigDevice(SimDevice):
+    """Runs out of memory where the schedule says, with streams and events that a fault may replace.
+
+    Watches memory on the device: the host must not change it past every stream, which no checker would be told of.
+    """
+
+    def __init__(self, order: Order, parts: Parts, *, captures_graphs: bool, audit: bool) -> None:
+        super().__init__(order, captures_graphs=captures_graphs, audit=audit)
         self.parts = parts
         self.shortages: dict[int, Shortage] = {}  # by step, still to come
         self.failed_at: list[Shortage] = []
+        self._watched: dict[int, _Watched] = {}  # by address
+
+    def watch(self, buffers: dict[str, Tensor]) -> None:
+        """From now on, only queued work and `poison` may change these."""
+        for name, buffer in buffers.items():
+            memory = buffer.numpy()
+            self._watched[buffer.data_ptr()] = _Watched(name, memory, memory.tobytes())
+
+    def check_watched(self) -> None:
+        """Whether all of it is as the last piece of work has left it."""
+        for each in self._watched.values():
+            each.check()
+
+    def poison(
+        self, tensor: Tensor, name: str, units: NDArray[np.integer] | None = None, value: int = POISON_TOKEN
+    ) -> None:
+        watched = self._watched.get(tensor.data_ptr())
+        if watched is not None:
+            watched.check()
+        super().poison(tensor, name, units, value)
+        if watched is not None:
+            watched.content = watched.memory.tobytes()
+
+    def _run(self, stream: SimStream) -> None:
+        self.check_watched()
+        super()._run(stream)
+        for each in self._watched.values():
+            each.content = each.memory.tobytes()
 
     def stream(self, name: str) -> SimStream:
         stream = self.parts.stream(self, name, self.checker.add_thread(name))
@@ -145,13 +192,22 @@ class RigScheduler(Scheduler):
         self.pool = rig.parts.pool(limits.num_blocks)
         self.rows = rig.parts.rows(limits.max_rows, limits.max_model_len, limits.block_columns)
         self.pool.rig = self.rows.rig = rig
+        self._planning = False
+        self._good_steps = FIRST_PATIENCE  # since a step ran out of memory
 
     def plan(self) -> Plan | None:
         table, rowless = self.rows, self.requests_without_row()
         running = table.state == RowState.RUNNING
         oldest = int(table.request_id[running].min()) if running.any() else None
-        plan = super().plan()
+        computed, pending = table.computed.copy(), np.where(running, table.length - table.computed, 0)
+        preemptions, self._planning = self.stats.preemptions, True
+        try:
+            plan = super().plan()
+        finally:
+            self._planning = False
         self._check_order(oldest, rowless)
+        if self.stats.preemptions == preemptions:
+            self._check_chunks(computed, pending)
         if plan is not None:
             self._check_plan(plan)
             self.rig.boundary("planned", plan.step)
@@ -179,7 +235,32 @@ class RigScheduler(Scheduler):
         if admitted and left and max(admitted) > min(left):
             raise Broken("liveness", f"request {max(admitted)} was admitted before {min(left)}")
 
+    def _check_chunks(self, computed: Ints, pending: Ints) -> None:
+        """The oldest prompt goes on whenever the budget leaves room beside the rows that decode."""
+        prompts = np.flatnonzero(pending > 1)
+        if prompts.size and self.budget.tokens > np.count_nonzero(pending == 1):
+            row = prompts[self.rows.request_id[prompts].argmin()]
+            if self.rows.computed[row] <= computed[row]:
+                raise Broken("liveness", f"the prompt of request {self.rows.request_id[row]} does not go on")
+
+    def _preempt(self, row: int) -> None:
+        if self._planning:
+            self._check_preemption(row)
+        super()._preempt(row)
+
+    def _check_preemption(self, row: int) -> None:
+        """Youngest first, and only while the blocks that are free or come back do not cover what decodes."""
+        table = self.rows
+        running = table.state == RowState.RUNNING
+        full = table.computed == table.num_blocks * self.limits.block_size
+        wanted = np.count_nonzero(running & (table.length - table.computed == 1) & full)
+        if wanted <= self.pool.num_free + table.num_blocks[list(self._draining)].sum():
+            raise Broken("liveness", f"request {table.request_id[row]} was preempted, and there are blocks enough")
+        if table.request_id[row] < table.request_id[running].max():
+            raise Broken("liveness", f"request {table.request_id[row]} was preempted before a younger one")
+
     def commit(self, plan: Plan, sampled: Ints) -> Committed:
+        self._good_steps += 1
         self.rig.boundary("commit", plan.step)
         committed = super().commit(plan, sampled)
         self.rig.ended.update(end.request_id for end in committed.finished)
@@ -189,7 +270,11 @@ class RigScheduler(Scheduler):
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
         self.rig.boundary("abandon", failed.step)
         self.rig.count_failure()
+        tokens = self.budget.tokens
         committed = super().abandon(failed, skipped)
+        if self._good_steps < FIRST_PATIENCE and self.budget.tokens > max(1, tokens // 2):
+            raise Broken("liveness", f"the budget stays at {tokens} tokens after one failure upon the other")
+        self._good_steps = 0
         self.rig.ended.update(end.request_id for end in committed.finished)
         self.rig.boundary("abandoned", failed.step)
         return committed
@@ -235,6 +320,7 @@ class Parts:
     expected  what each request must get; None: anything.
     """
 
+    device: type[RigDevice] = RigDevice
     stream: type[SimStream] = SimStream
     event: type[SimEvent] = SimEvent
     loop: type[Loop] = Loop

@@ -231,7 +231,7 @@ def replay(
     torch.set_num_threads(1)
     if (seed is None) == (schedule is None):
         raise typer.BadParameter("give either --seed or --schedule")
-    chosen = generate(seed) if seed is not None else Schedule.from_json(schedule.read_text() if schedule else "")
+    chosen = generate(seed or 0) if schedule is None else _read(schedule)
     small = smallest(chosen) if smaller else chosen
     result = run(small)
     print(describe(small, result, last))
@@ -244,6 +244,14 @@ def replay(
         trace.write_text(json.dumps(result.device.timeline.chrome_trace()))
         print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")
     raise typer.Exit(1 if result.violation else 0)
+
+
+def _read(path: Path) -> Schedule:
+    try:
+        return Schedule.from_json(path.read_text())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        typer.echo(f"error: {path} holds no schedule: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def describe(schedule: Schedule, result: Result, last: int | None = None) -> str:

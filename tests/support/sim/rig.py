@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gapless.device.sim import RandomOrder
+from gapless.budget import FIRST_PATIENCE
+from gapless.device.sim import Race, RandomOrder
 from gapless.device.sim.streams import UNDECLARED
 from gapless.engine.admission import ModelFacts
 from gapless.engine.build import capturer
 from gapless.engine.layout import packed_capacity
 from gapless.engine.slots import Slot
 from gapless.engine.tables import DeviceTables
+from gapless.errors import InternalError
 from gapless.outcome import Committed, Finished
 from gapless.plan import Plan
 from gapless.request import FinishReason, Request
@@ -24,8 +26,6 @@ from gapless.rows import RowState
 from support.sim.model import stops_of
 from support.sim.parts import Broken, Parts, RigDevice, RigSampler, Violation
 from support.sim.schedule import Move, Schedule, Shortage
-
-MAX_STEPS = 3000
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Rig:
         self.schedule = schedule
         self.parts = parts = parts or Parts()
         order = RandomOrder(schedule.order_seed, schedule.eagerness)
-        self.device = device = RigDevice(order, parts, captures_graphs=schedule.graphs)
+        audit = parts.audit or schedule.audit
+        self.device = device = parts.device(order, parts, captures_graphs=schedule.graphs, audit=audit)
         self.requests: list[Request] = []  # their ids count from 0
         self.adds: list[Move] = []  # that asked for them
         self.tokens: dict[int, list[int]] = {}
@@ -67,11 +68,11 @@ class Rig:
         limits = schedule.limits
         model, cpu = parts.model(), torch.device("cpu")
         self.admission = parts.admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 7)
-        self._kv = model.kv_spec.allocate(limits.num_blocks, limits.block_size, torch.float32, cpu)
+        self.kv = model.kv_spec.allocate(limits.num_blocks, limits.block_size, torch.float32, cpu)
         self._tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, cpu)
         graphs = parts.graphs(schedule.buckets)
         sampler = RigSampler(parts.sampler(), device)
-        runner = parts.runner(model, device, sampler, self._kv, self._tables, graphs)
+        runner = parts.runner(model, device, sampler, self.kv, self._tables, graphs)
         capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
         slots = parts.slots(device, schedule.lookahead + 1, capacity, limits.max_rows)
         runner.rig = slots.rig = self
@@ -80,11 +81,22 @@ class Rig:
         self.scheduler = parts.scheduler(limits, self)
         device.run_now(lambda: None, runner.compute)
         self.loop = parts.loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
+        device.watch(self._device_memory())
         for slot in slots.slots:
             self.poison_slot(slot)
         for row in range(limits.max_rows):
             self.poison_row(row)
         self.poison_blocks(np.arange(1, limits.num_blocks))
+
+    def _device_memory(self) -> dict[str, torch.Tensor]:
+        """Tables, KV cache and slots, by name."""
+        memory = {"block table": self._tables.block_table_RC, "last token": self._tables.last_token_R}
+        memory |= self._tables.sampling.by_name()
+        for layer, cache in enumerate(self.kv):
+            memory |= {f"keys {layer}": cache.k_BKSD, f"values {layer}": cache.v_BKSD}
+        for slot in self.loop.slots.slots:
+            memory |= {f"device in {slot.letter}": slot.device_in, f"device out {slot.letter}": slot.device_out}
+        return memory
 
     # ------------------------------------------------------------- the run
 
@@ -96,12 +108,12 @@ class Rig:
         except Broken as broken:
             violation = broken.violation
         except Exception as error:  # noqa: BLE001 - whatever it is, the schedule has found it
-            violation = Violation("books" if "InternalError" in type(error).__name__ else "error", _describe(error))
+            violation = Violation("books" if isinstance(error, InternalError) else "error", _describe(error))
         if violation is not None:
             with suppress(Exception):
                 self.device.close()  # what is still queued may be the other half of a race
         if self.device.checker.races:  # what else broke is a consequence
-            violation = Violation("race", str(self.device.checker.races[0]))
+            violation = Violation("race", str(min(self.device.checker.races, key=_with_poison)))
         stats = self.scheduler.stats
         return Result(
             self.steps,
@@ -135,8 +147,9 @@ class Rig:
         self.steps += 1
         if self.device.checker.races:
             raise Broken("race", str(self.device.checker.races[0]))
-        if self.steps > MAX_STEPS:
-            raise Broken("liveness", f"{len(self.requests) - len(self.finished)} requests have not ended")
+        if self.steps > self.schedule.most_steps:
+            unended = len(self.requests) - len(self.finished)
+            raise Broken("liveness", f"not ended after {self.steps} steps: {unended} requests")
         self.loop.check_integrity()
         self._recount()
         self._read(self.schedule.reader_lag)
@@ -234,7 +247,7 @@ class Rig:
         running = int(((table.state != RowState.FREE) & (table.state != RowState.DEAD)).sum())
         open_requests = len(self.requests) - len(self.ended | self.cancelled)
         if (scheduler.num_running, scheduler.num_waiting) != (running, open_requests - running):
-            raise Broken("books", f"{scheduler.num_running} running and {scheduler.num_waiting} waiting is wrong")
+            raise Broken("books", f"wrong count: {scheduler.num_running} running, {scheduler.num_waiting} waiting")
 
     def _check_request(self, end: Finished) -> None:
         """The oracle: exactly what it gets alone, or a beginning of that if it was cancelled."""
@@ -268,6 +281,8 @@ class Rig:
             raise Broken("books", "a slot is still lent")
         if not self.device.idle:
             raise Broken("books", "work is still queued on the device")
+        self.device.check_watched()
+        self._check_budget()
         if any(span.name == UNDECLARED for span in self.device.timeline.spans):
             raise Broken("books", "work was queued that does not declare what it touches")
         stats = scheduler.stats
@@ -285,6 +300,16 @@ class Rig:
         if scheduler.stats.overshoot_rows > allowed:
             raise Broken("tokens", f"{scheduler.stats.overshoot_rows} overshoot rows, at most {allowed} can be")
 
+    def _check_budget(self) -> None:
+        """Good steps bring all of it back. Each failure may have doubled the patience of each doubling."""
+        budget, limits = self.scheduler.budget, self.schedule.limits
+        patience = max(FIRST_PATIENCE, limits.max_model_len) << self._failed
+        for _ in range(patience * limits.max_batch_tokens.bit_length()):
+            if budget.tokens == limits.max_batch_tokens:
+                return
+            budget.step_succeeded()
+        raise Broken("liveness", f"the budget stays at {budget.tokens} of {limits.max_batch_tokens} tokens")
+
     # -------------------------------------------------------------- poison
 
     def poison_slot(self, slot: Slot) -> None:
@@ -300,9 +325,14 @@ class Rig:
             self.device.poison(table, name, units)
 
     def poison_blocks(self, ids: NDArray[np.integer]) -> None:
-        for layer, cache in enumerate(self._kv):
+        for layer, cache in enumerate(self.kv):
             self.device.poison(cache.k_BKSD, f"keys {layer}", ids)
             self.device.poison(cache.v_BKSD, f"values {layer}", ids)
+
+
+def _with_poison(race: Race) -> bool:
+    """A race with poison only says that something is still in use."""
+    return any(use.what.startswith("released") for use in (race.first, race.second))
 
 
 def _describe(error: BaseException) -> str:

@@ -26,6 +26,7 @@ Shortage = Literal[
     "after d2h",
 ]
 SHORTAGES: tuple[Shortage, ...] = get_args(Shortage)
+AUDITED = 10  # one seed in so many has the audit
 _DEFAULTS = SamplingParams()
 _ENDS: tuple[tuple[Kind, ...], ...] = ((), (), (), ("cancel",))
 _PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "preempt"))
@@ -56,6 +57,7 @@ class Schedule:
     order_seed   the order of the device's work
     eagerness    how far the device lags; None: chosen by order_seed
     reader_lag   records of the engine that lie unread before their consumer looks at them
+    audit        each piece of work runs while what it did not declare is rubbish: takes more than twice the time
     """
 
     lookahead: int
@@ -69,6 +71,7 @@ class Schedule:
     eagerness: float | None
     reader_lag: int
     moves: tuple[Move, ...]
+    audit: bool = False
 
     @property
     def limits(self) -> SchedulerLimits:
@@ -84,6 +87,15 @@ class Schedule:
     def buckets(self) -> tuple[int, ...]:
         """Batch sizes of the captured graphs: up to three."""
         return (1, (self.rows + 1) // 2, self.rows) if self.graphs else ()
+
+    @property
+    def most_steps(self) -> int:
+        """Four times as many as if every step had one token, and everything that disturbs lost all work before it."""
+        adds = [move for move in self.moves if move.kind == "add"]
+        lengths = [len(move.prompt) + (move.params.max_tokens or self.max_length) for move in adds]
+        tokens = sum(min(length, self.max_length) for length in lengths)
+        disturbances = sum(move.kind in ("preempt", "exhaust") for move in self.moves)
+        return 4 * (tokens + self.lookahead + 1) * (1 + disturbances)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -110,7 +122,9 @@ def generate(seed: int) -> Schedule:
     point = 0
     for number in range(rng.choice([1, 2, 4, 7])):
         point += rng.choice([0, 0, 1, 3, 10, 30, 80])
-        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, max_length // 2, max_length - 1])))
+        any_length = rng.randrange(1, max_length)
+        length = rng.choice([1, 2, 7, max_length // 2, max_length - 1, any_length, any_length, any_length])
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(length))
         moves.append(Move(point, "add", prompt=prompt, params=random_params(rng)))
         for kind in (*rng.choice(_ENDS), *rng.choice(_PAUSES)):
             moves.append(Move(point + rng.randrange(120), kind, number))  # noqa: PERF401
@@ -128,6 +142,7 @@ def generate(seed: int) -> Schedule:
         eagerness=None,
         reader_lag=rng.choice([0, 0, 1, 3]),
         moves=tuple(sorted(moves, key=lambda move: move.point)),
+        audit=seed % AUDITED == AUDITED - 1,
     )
 
 
@@ -135,12 +150,12 @@ def random_params(rng: random.Random) -> SamplingParams:
     """Of a request that brings its seed."""
     greedy = rng.random() < 0.5
     return SamplingParams(
-        temperature=0.0 if greedy else rng.choice([0.3, 1.0, 2.0]),
-        top_k=0 if greedy else rng.choice([0, 3, 20]),
-        top_p=1.0 if greedy else rng.choice([1.0, 0.7]),
-        min_p=0.0 if greedy else rng.choice([0.0, 0.05]),
+        temperature=0.0 if greedy else rng.choice([0.3, 1.0, 2.0, rng.uniform(0.01, 3.0)]),
+        top_k=0 if greedy else rng.choice([0, 1, 3, 20, rng.randrange(1, VOCAB), VOCAB]),
+        top_p=1.0 if greedy else rng.choice([1.0, 0.7, 0.01, rng.uniform(0.01, 1.0)]),
+        min_p=0.0 if greedy else rng.choice([0.0, 0.05, 1.0, rng.random()]),
         seed=rng.randrange(2**64),
-        max_tokens=rng.choice([1, 2, 5, 17, 40]),
+        max_tokens=rng.choice([None, 1, 2, 5, 17, 40, rng.randrange(1, 40)]),
         stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 6]))),
         ignore_eos=rng.random() < 0.3,
     )

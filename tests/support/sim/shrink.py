@@ -40,6 +40,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     for name, values in (
         ("lookahead", range(schedule.lookahead)),
         ("graphs", [False] * schedule.graphs),
+        ("audit", [False] * schedule.audit),
         ("reader_lag", [0] * (schedule.reader_lag > 0)),
         ("rows", range(1, schedule.rows)),
         ("batch_tokens", range(schedule.rows, schedule.batch_tokens)),

@@ -23,7 +23,7 @@ from gapless.device.sim.frame import Frame
 from gapless.device.sim.order import Order, Ready
 from gapless.device.sim.pinned import TrackedArray
 from gapless.device.sim.races import HOST, RaceChecker
-from gapless.device.sim.streams import Record, SimEvent, SimGraph, SimStream, Wait, Work, call_site
+from gapless.device.sim.streams import Mark, Record, SimEvent, SimGraph, SimStream, Wait, Work, call_site
 from gapless.device.sim.timeline import Timeline
 from gapless.errors import InternalError
 from gapless.spans import Span
@@ -180,18 +180,25 @@ class SimDevice:
             self.host_acts()
             self.checker.use(0, name, tensor, None, write, self._when, call_site())
 
+    def host_polls(self, event: SimEvent) -> bool:
+        """Whether the mark is reached, which orders the host behind it. If not, the device goes on: polling ends."""
+        self.host_acts()
+        mark = event.mark
+        if mark is None:
+            return True
+        if mark.reached:
+            self.checker.join(0, mark.clock)
+        else:
+            self._go_on(mark)
+        return mark.reached
+
     def host_waits_for(self, event: SimEvent) -> None:
         self.host_acts()
         mark = event.mark
         if mark is None:
             return
         while not mark.reached:
-            ready = self._ready()
-            if mark.reached:
-                break
-            if not ready:
-                raise InternalError(f"the host waits for {event.name}, which nothing will reach")
-            self._run(self._streams[ready[self.order.must_pick(ready)].stream])
+            self._go_on(mark)
         self.checker.join(0, mark.clock)
         self._acted(event.name, mark.step)
         begin = self.now
@@ -201,6 +208,15 @@ class SimDevice:
         self.timeline.add(Span(HOST, f"waited for {event.name}", -1, "", begin, self.now))
         if mark.error is not None:
             raise mark.error
+
+    def _go_on(self, mark: Mark) -> None:
+        """Run one more piece of work, unless the mark is reached without."""
+        ready = self._ready()
+        if mark.reached:
+            return
+        if not ready:
+            raise InternalError(f"the host waits for {mark.name}, which nothing will reach")
+        self._run(self._streams[ready[self.order.must_pick(ready)].stream])
 
     def _acted(self, name: str, step: int) -> None:
         if step >= 0:
@@ -218,7 +234,7 @@ class SimDevice:
             declared.append(access)
             name, buffer, units, write = access
             self.checker.use(stream.thread, name, buffer, units, write, what, piece.site)
-        if self._frame is not None and declared:
+        if self._frame is not None and accesses is not tuple:  # a graph declares for itself, inside this
             self._frame.run(work, declared, what)
         else:
             work()

@@ -29,6 +29,10 @@ CallSite = tuple[tuple[CodeType, int], ...]
 _Key = tuple[int, bool, int, int, bool]  # address, whole, thread, epoch, write
 
 
+class OutOfRangeError(InternalError):
+    """A use was declared of units that the buffer does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """One use of a buffer: by which thread, in which of its epochs, doing what, called from where."""
@@ -148,10 +152,16 @@ class RaceChecker:
     ) -> None:
         """Book a use and find the races with earlier ones.
 
-        Raises InternalError if the buffer shares memory with an earlier one without being the same.
+        Raises InternalError if the buffer shares memory with an earlier one without being the same, OutOfRangeError if
+        it does not have the units.
         """
-        if units is not None and not units.size:
-            return
+        if units is not None:
+            if not units.size:
+                return
+            least, most = min(numbers := units.tolist()), max(numbers)  # few: quicker than numpy
+            if least < 0 or most >= buffer.shape[0]:
+                wrong = least if least < 0 else most
+                raise OutOfRangeError(f"{what} declares {name} [{wrong}], of {buffer.shape[0]}")
         address, epoch = buffer.data_ptr(), self.clocks[thread][thread]
         book = self._books.get(address)
         if book is None or book.buffer is not buffer:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from gapless.config import SchedulerLimits
 from gapless.device.base import Device
 from gapless.engine.slots import Slot
 from gapless.outcome import Committed, Finished
 from gapless.plan import Ints, Plan
 from gapless.request import FinishReason, Request
-from gapless.rows import RowState
-from support.sim.parts import Parts, RigScheduler, RigSlots
+from gapless.rows import RowSet, RowState
+from support.sim.parts import Parts, RigPool, RigScheduler, RigSlots
+from support.sim.rig import Rig
 
 
 class SlotTooEarly(RigSlots):
@@ -219,3 +222,28 @@ class NewestFirst(RigScheduler):
     def add(self, request: Request) -> None:
         super().add(request)
         self._waiting.rotate(1)
+
+
+class ZeroesBlocksFromHost(RigPool):
+    """The host zeroes a KV block when it is lent."""
+
+    def allocate(self, count: int) -> Ints:
+        ids = super().allocate(count)
+        for cache in self.rig.kv:
+            cache.k_BKSD[ids.tolist()] = cache.v_BKSD[ids.tolist()] = 0.0
+        return ids
+
+
+class KeepsRowSets(RigScheduler):
+    """What is kept of rows that decode together is used for whoever has the same rows later."""
+
+    def __init__(self, limits: SchedulerLimits, rig: Rig) -> None:
+        super().__init__(limits, rig)
+        self._kept: dict[bytes, RowSet] = {}
+
+    def _refresh_rows(self) -> None:
+        changed = self._rows_changed
+        super()._refresh_rows()
+        if changed:
+            kept = self._kept.setdefault(self._decoding.tobytes(), self._steady)
+            self._steady = replace(kept, rows=self._decoding)

@@ -89,6 +89,14 @@ class OneTokenLess(Admission):
         return max(prompt_size + 1, length - (length == self.limits.max_model_len))
 
 
+class StopsShortOfContext(Admission):
+    """A request without max_tokens gets one token less than the context has room for."""
+
+    def _max_length(self, prompt_size: int, max_tokens: int | None) -> int:
+        length = super()._max_length(prompt_size, max_tokens)
+        return length if max_tokens is not None else max(prompt_size + 1, length - 1)
+
+
 class AdmitsDifferently(Admission):
     """Makes another request than the one that was asked for."""
 
@@ -133,3 +141,10 @@ class LosesPrompt(AdmitsDifferently):
 
     def change(self, request: Request) -> Request:
         return replace(request, prompt=request.prompt[-max(1, request.prompt.size - 1) :])
+
+
+class LosesOfFour(AdmitsDifferently):
+    """A prompt of exactly four tokens loses the first."""
+
+    def change(self, request: Request) -> Request:
+        return replace(request, prompt=request.prompt[int(request.prompt.size == 4) :])

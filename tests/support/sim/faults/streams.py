@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gapless.device.base import Event, Note
-from gapless.device.sim.streams import SimEvent, SimStream
+from gapless.device.faults import Faults
+from gapless.device.sim import SimDevice
+from gapless.device.sim.streams import Mark, SimEvent, SimStream, Wait
 from support.sim.parts import Parts
 
 
@@ -27,23 +29,30 @@ def no_record(of_event: str) -> Parts:
     return Parts(stream=Mute)
 
 
-class WaitFirst(SimStream):
-    """The compute stream waits for h2d_done before that is recorded: as in CUDA, no wait or one for an older step."""
+class _LinkedEvent(SimEvent):
+    """Knows its last record but one, and the event that the recording stream had waited for before."""
 
-    late: tuple[SimStream, Event] | None = None
+    former: Mark | None = None
+    waited_for: Event | None = None
 
+
+class _WaitsFirst(SimStream):
     def record(self, event: Event) -> None:
-        if isinstance(event, SimEvent) and event.name.startswith("h2d_done"):
-            WaitFirst.late = (self, event)
-        else:
-            super().record(event)
+        assert isinstance(event, _LinkedEvent)
+        event.former = event.mark
+        super().record(event)
 
     def wait(self, event: Event) -> None:
-        super().wait(event)
-        if WaitFirst.late is not None:
-            stream, late = WaitFirst.late
-            WaitFirst.late = None
-            SimStream.record(stream, late)
+        if isinstance(event, _LinkedEvent) and event.name.startswith("h2d_done"):
+            self._device.host_acts()
+            if event.former is not None:
+                self.queue.append(Wait(event.former))
+        else:
+            super().wait(event)
+
+
+WAIT_FIRST = Parts(stream=_WaitsFirst, event=_LinkedEvent)
+"""The compute stream waits for h2d_done before that is recorded: as in CUDA, no wait or one for an older step."""
 
 
 def record_before_work(stream_name: str) -> Parts:
@@ -83,14 +92,45 @@ class ImpatientHost(SimEvent):
             super().synchronize()
 
 
-class CopiesOutEarly(SimStream):
-    """The copy out waits for the inputs only."""
+class _CopiesOutEarly(SimStream):
+    waits_for: Event | None = None
 
-    inputs_there: Event | None = None
+    def record(self, event: Event) -> None:
+        assert isinstance(event, _LinkedEvent)
+        event.waited_for = self.waits_for
+        super().record(event)
 
     def wait(self, event: Event) -> None:
-        if isinstance(event, SimEvent) and event.name.startswith("h2d_done"):
-            CopiesOutEarly.inputs_there = event
-        elif CopiesOutEarly.inputs_there is not None:
-            event = CopiesOutEarly.inputs_there
-        super().wait(event)
+        assert isinstance(event, _LinkedEvent)
+        if event.name.startswith("compute_done") and event.waited_for is not None:
+            super().wait(event.waited_for)
+        else:
+            self.waits_for = event
+            super().wait(event)
+
+
+COPIES_OUT_EARLY = Parts(stream=_CopiesOutEarly, event=_LinkedEvent)
+"""The copy out waits for the inputs only."""
+
+
+class _OfOneStep(Faults):
+    """Forgets an error that no wait has told of since: each of a step's streams has one piece of work a step."""
+
+    told = False
+
+    def inherit(self, error: BaseException | None) -> None:
+        self.error, self.told = error, True
+
+    def run(self, work: Callable[[], None]) -> None:
+        if not self.told:
+            self.error = None
+        self.told = False
+        super().run(work)
+
+
+class RunsOnAfterFailure(SimStream):
+    """Runs the steps behind one that ran out of memory, on tables that this one has not brought up to date."""
+
+    def __init__(self, device: SimDevice, name: str, thread: int) -> None:
+        super().__init__(device, name, thread)
+        self.faults = _OfOneStep()

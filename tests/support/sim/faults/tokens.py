@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gapless.config import SchedulerLimits
-from gapless.device.base import Access, Note
+from gapless.device.base import Access, Note, Stream
+from gapless.device.sim.streams import UNDECLARED
 from gapless.engine.layout import StepInputs, StepShape, sections_of
 from gapless.engine.runner import Extent, Runner
 from gapless.engine.slots import Slot
@@ -24,6 +25,8 @@ from support.sim.faults.inputs import changed, one_less
 from support.sim.model import MixSampler
 from support.sim.parts import Parts, RigRunner, RigScheduler
 from support.sim.rig import Rig
+
+Work = Callable[[], None]
 
 
 class EmitsOvershoot(RigScheduler):
@@ -119,50 +122,87 @@ class KeyedOnStep(KeyedSampler):
         return torch.full_like(positions_E, self.steps), tables
 
 
+class _OtherEnqueue:
+    """A stream on which work is queued in another way."""
+
+    def __init__(self, stream: Stream, enqueue: Callable[[Work, Note], None]) -> None:
+        self.name, self.record, self.wait = stream.name, stream.record, stream.wait
+        self._enqueue = enqueue
+
+    def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
+        assert note is not None
+        self._enqueue(work, note)
+
+
 class DeltasOnCopyStream(RigRunner):
     """Table deltas are applied on the H2D stream, as soon as they are there."""
-
-    declared = True
 
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         pass
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        runner, table = self, self.tables.block_table_RC
-
         def apply() -> None:
-            Runner._apply_deltas(runner, StepInputs.of(slot.device_in, shape), shape)
+            Runner._apply_deltas(self, StepInputs.of(slot.device_in, shape), shape)
 
         def accesses() -> Sequence[Access]:
-            inputs = StepInputs.of(slot.device_in, shape)
+            inputs, tables = StepInputs.of(slot.device_in, shape), self.tables
             rows, admitted = inputs.block_rows_U.numpy(), inputs.param_rows_A.numpy()
             return [
-                Access("block table", table, rows, True),
-                *(Access(name, each, admitted, True) for name, each in self.tables.sampling.by_name()),
+                Access(f"device in {slot.letter}", slot.device_in, None, False),
+                Access("block table", tables.block_table_RC, rows, True),
+                *(Access(name, each, admitted, True) for name, each in tables.sampling.by_name()),
             ]
 
-        class WithDeltas:
-            """The copy stream, with the deltas behind every copy."""
+        def enqueue(copy: Work, note: Note) -> None:
+            self.queue(copies, copy, note, apply, Note("deltas", plan.step, slot.letter, accesses))
 
-            def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-                copies.enqueue(work, note)
-                copies.enqueue(apply, Note("deltas", plan.step, slot.letter, accesses) if declared else None)
-
-            def __getattr__(self, name: str) -> object:
-                return getattr(copies, name)
-
-        copies, declared = self._h2d, self.declared
-        self._h2d = WithDeltas()  # type: ignore[assignment]
+        copies = self._h2d
+        self._h2d = _OtherEnqueue(copies, enqueue)
         try:
             super().launch(plan, slot, shape)
         finally:
             self._h2d = copies
 
+    def queue(self, copies: Stream, copy: Work, note: Note, apply: Work, deltas: Note) -> None:
+        """Queue the copy in and the deltas, each with its note."""
+        copies.enqueue(copy, note)
+        copies.enqueue(apply, deltas)
+
 
 class UndeclaredDeltas(DeltasOnCopyStream):
     """The same, and nobody is told what that work touches."""
 
-    declared = False
+    def queue(self, copies: Stream, copy: Work, note: Note, apply: Work, deltas: Note) -> None:
+        super().queue(copies, copy, note, apply, Note(UNDECLARED, -1, ""))
+
+
+class DeltasDeclaredAsNothing(DeltasOnCopyStream):
+    """The same, and that work is said to touch nothing."""
+
+    def queue(self, copies: Stream, copy: Work, note: Note, apply: Work, deltas: Note) -> None:
+        super().queue(copies, copy, note, apply, deltas._replace(accesses=list))
+
+
+class DeltasInCopyIn(DeltasOnCopyStream):
+    """The copy in applies them, too; what it declares is as it was."""
+
+    def queue(self, copies: Stream, copy: Work, note: Note, apply: Work, deltas: Note) -> None:
+        def both() -> None:
+            copy()
+            apply()
+
+        copies.enqueue(both, note)
+
+
+class DeltasByTheHost(RigRunner):
+    """The host writes the deltas into the tables when it launches the step."""
+
+    def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
+        pass
+
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+        Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape), shape)
+        super().launch(plan, slot, shape)
 
 
 DELTAS_ON_COPY_STREAM = Parts(runner=DeltasOnCopyStream)
