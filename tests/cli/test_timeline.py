@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import xml.etree.ElementTree as ET
@@ -15,6 +17,9 @@ from cli.conftest import Ran
 from gapless.bench.predict import predict
 from gapless.spans import chrome_trace
 from gapless.trace.read import read_runs
+from gapless.trace.window import typical_window
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -35,7 +40,8 @@ def test_generate_writes_a_trace_that_timeline_draws(gapless: Callable[..., Ran]
     assert {span.step for span in run.spans} == set(range(12))
     assert gapless("timeline", str(trace), "-o", str(image)).status == 0
     assert ET.parse(image).getroot().tag.endswith("svg")
-    assert gapless("timeline", str(trace)).status == 0
+    ran = gapless("timeline", str(trace))
+    assert (ran.status, ran.out) == (0, f"{tmp_path / 'trace.html'}\n")
     assert (tmp_path / "trace.html").read_text().startswith("<!doctype html>")
 
 
@@ -75,7 +81,31 @@ def test_a_measurement_writes_one_trace_with_a_run_for_each_lookahead(
 def test_two_traces_are_drawn_one_above_the_other(gapless: Callable[..., Ran], simulated: list[Path], tmp_path: Path):
     page = tmp_path / "page.html"
     assert gapless("timeline", *map(str, simulated), "-o", str(page), "--steps", "3").status == 0
-    assert "<title>lookahead 0 over lookahead 1</title>" in page.read_text()
+    assert "<title>0: lookahead 0 over 1: lookahead 1</title>" in page.read_text()
+
+
+def test_the_first_decode_steps_of_a_short_generation_are_drawn_without_its_prompt(
+    gapless: Callable[..., Ran], options: list[str], tmp_path: Path
+):
+    trace = tmp_path / "trace.json"
+    assert gapless("generate", *options, "--ignore-eos", "-n", "4", "--trace", str(trace), "ab " * 20).status == 0
+    (run,) = read_runs(trace)
+    assert list(typical_window(run, 4).steps) == [1, 2]
+
+
+def test_help_names_the_page_that_is_written_by_default(gapless: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "Default: the first TRACE's name with .html." in gapless("timeline", "--help").out
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a git checkout")
+@pytest.mark.parametrize("text", ["README.md", "docs/timeline.md"])
+def test_what_the_documented_commands_leave_behind_is_ignored_by_git(text: str):
+    written = set(re.findall(r"--trace (\S+\.json)|-o (\S+\.html)", (ROOT / text).read_text()))
+    names = {trace or page for trace, page in written}
+    assert names
+    command = ["git", "check-ignore", "--no-index", *names]
+    assert set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()) == names
 
 
 def test_an_unwritable_trace_is_refused_before_a_model_is_looked_for(gapless: Callable[..., Ran], tmp_path: Path):
@@ -127,6 +157,8 @@ def test_what_can_not_be_drawn_is_refused_with_its_reason(
         ([str(tmp_path / "none.json")], "can not be read"),
         ([good, "-o", str(tmp_path / "none" / "x.html")], "there is no folder"),
         ([good, "-o", good], "would overwrite the trace"),
+        ([str(tmp_path / "none.json"), "-o", str(tmp_path / "t.pdf")], "must end in .html"),
+        ([str(tmp_path / "none.json"), "-o", str(tmp_path / "t")], "must end in .html"),
     ):
         ran = gapless("timeline", *argv)
         assert (ran.status, ran.out) == (2, "")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gapless.device.base import Note
 from gapless.device.sim import Order, RandomOrder, SimDevice, TimedOrder
+from gapless.plan import empty_plan
 from gapless.spans import Span
 from gapless.trace.device import EventClock, EventTimedStream
 from gapless.trace.host import HostLane
@@ -80,6 +83,14 @@ def test_a_renewed_anchor_bounds_what_the_drift_of_the_clocks_does():
         by_host = [span._replace(begin=span.begin * 1.001, end=span.end * 1.001) for span in rig.true_spans()]
         errors.append(furthest(found, by_host))
     assert errors[0] < 0.03 < 0.2 < errors[1]
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(0, "compute"), (3, "prefill")])
+def test_a_compute_stage_is_named_by_what_was_planned(tokens: int, name: str):
+    rig = Rig(TimedOrder(), 1e9)
+    rig.lane.planned(replace(empty_plan(), num_tokens=tokens), 0.0)
+    rig.queue_steps()
+    assert {span.name for span in rig.finish()} == {"copy in", name, "copy out"}
 
 
 @pytest.mark.parametrize("seed", range(20))

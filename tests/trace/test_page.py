@@ -59,8 +59,8 @@ def test_lookahead_0_has_its_idle_time_hatched_and_written_and_lookahead_1_has_n
     root = ET.fromstring(picture(predicted, 4))
     texts = [each.text for each in root.iter(f"{SVG}text")]
     assert texts.count("lookahead 0") == texts.count("lookahead 1") == 1
-    assert "compute idle 25.1%, 3.34 ms a step" in texts
-    assert "compute idle 0.0%, 2.50 ms a step" in texts
+    assert "4 steps in 13.4 ms: 3.34 ms a step, compute idle 25.1%" in texts
+    assert "4 steps in 10.0 ms: 2.50 ms a step, compute idle 0.0%" in texts
     assert texts.count("idle") == len(bars(root, "idle")) == 4
     share = sum(width for _, width in bars(root, "idle")) / 900
     assert share == pytest.approx(0.251, abs=0.001)
@@ -70,8 +70,42 @@ def test_both_runs_have_one_time_scale(predicted: list[Run]):
     """A compute stage takes 2.5 ms of the 13.36 ms that four steps of lookahead 0 take."""
     root = ET.fromstring(picture(predicted, 4))
     stages = [width for style in ("s0", "s1") for _, width in bars(root, style) if width > 100]
-    assert len(stages) == 4 + 5
+    assert len(stages) == 4 + 4
     assert all(width == pytest.approx(900 * 2.5 / 13.36, abs=0.1) for width in stages)
+
+
+def test_a_run_of_shorter_steps_ends_at_a_line_with_nothing_behind_it(predicted: list[Run]):
+    """A copy takes so long that the host waits when the window ends."""
+    root = ET.fromstring(picture([predicted[0], predict(1, host=8e-4, device=2.5e-3, copy=4e-4, steps=60).run], 4))
+    (end,) = (each.get("d", "") for each in root.iter(f"{SVG}path") if each.get("class") == "end")
+    x = float(end[1 : end.index(" ")])
+    assert x == pytest.approx(84 + 900 * 10.0 / 13.36, abs=0.1)
+    shorter = ET.fromstring(picture(predicted[1:], 4))
+    assert not [each for each in shorter.iter(f"{SVG}path") if each.get("class") == "end"]
+    top = float(end[end.index(" ") + 1 : end.index("V")].strip())
+    rects = [rect for group in root.iter(f"{SVG}g") if (rect := group.find(f"{SVG}rect")) is not None]
+    below = [rect for rect in rects if float(rect.get("y", "")) > top]
+    assert below
+    assert all(float(rect.get("x", "")) + float(rect.get("width", "")) < x + 2 for rect in below)
+
+
+def figures(text: str) -> list[list[str]]:
+    """The table of a page, row by row."""
+    rows = re.findall(r"<tr>(<th scope=\"row\">.*?)</tr>", text)
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+
+
+def test_the_figures_of_a_run_do_not_depend_on_what_stands_beside_it(predicted: list[Run]):
+    """One of the others takes a hundred times as long a step, one ends after two steps."""
+    fast = predicted[1]
+    slow = predict(0, host=8e-2, device=2.5e-1, steps=60).run
+    short = predict(0, host=8e-4, device=2.5e-3, steps=60).run
+    short = short._replace(name="short", spans=[span for span in short.spans if span.step < 3])
+    runs = [run._replace(note="") for run in (fast, slow, short)]
+    together = figures(page(runs, 4))
+    assert together == [figures(page([run], 4))[0] for run in runs]
+    assert together[0] == ["lookahead 1", "2.50 ms", "0.0%", "0.800 ms", "1.70 ms"]
+    assert [row[2] for row in together[1:]] == ["24.2%", "24.2%"]
 
 
 def test_steps_alternate_between_two_colours_at_lookahead_1(predicted: list[Run]):

@@ -10,7 +10,7 @@ import pytest
 
 from gapless.errors import InputFileError
 from gapless.spans import Run, Span, chrome_trace
-from gapless.trace.read import read_runs
+from gapless.trace.read import read_files, read_runs
 from gapless.trace.record import LANES, Trace
 from support.traced import run_loop
 
@@ -46,6 +46,30 @@ def test_processes_without_a_compute_lane_are_left_out(tmp_path: Path):
     other = Run("profiler", "", ["stream 7"], [Span("stream 7", "gemm", -1, "", 0.0, 1.0)])
     ours = Run("ours", "", LANES, [Span("compute", "replay", 0, "A", 0.0, 1.0)])
     assert [run.name for run in read_runs(write(tmp_path / "two.json", chrome_trace([other, ours])))] == ["ours"]
+
+
+def names(*paths: Path) -> list[str]:
+    return [run.name for run in read_files(paths)]
+
+
+def test_runs_of_several_files_are_named_after_them(tmp_path: Path):
+    span = Span("compute", "replay", 0, "A", 0.0, 1.0)
+    one = chrome_trace([Run("lookahead 1", "", LANES, [span])])
+    (tmp_path / "x").mkdir()
+    before, after, other = (tmp_path / name for name in ("before.json", "after.json", "x/before.json"))
+    for path in (before, after, other):
+        write(path, one)
+    assert names(before) == ["lookahead 1"]
+    assert names(before, after) == ["before: lookahead 1", "after: lookahead 1"]
+    assert names(before, other) == [f"{before}: lookahead 1", f"{other}: lookahead 1"]
+    assert names(after, after) == [f"{after}: lookahead 1", f"{after}: lookahead 1 (2)"]
+    unnamed = write(tmp_path / "unnamed.json", chrome_trace([Run("", "", LANES, [span])]))
+    assert names(before, unnamed) == ["before: lookahead 1", "unnamed"]
+
+
+def test_runs_of_one_name_in_a_file_are_numbered(tmp_path: Path):
+    run = Run("lookahead 1", "", LANES, [Span("compute", "replay", 0, "A", 0.0, 1.0)])
+    assert names(write(tmp_path / "two.json", chrome_trace([run, run]))) == ["lookahead 1", "lookahead 1 (2)"]
 
 
 LANE = {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "compute"}}

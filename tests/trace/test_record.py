@@ -22,11 +22,12 @@ LANES = {"copy in": "h2d", "compute": "compute", "copy out": "d2h"}
 
 
 def steps_of(run: Run) -> dict[int, dict[str, Span]]:
-    """The spans of each step by name."""
+    """The spans of each step by name, the compute stage as "compute"."""
     steps: dict[int, dict[str, Span]] = defaultdict(dict)
     for span in run.spans:
-        assert span.name not in steps[span.step], f"{span.label} twice"
-        steps[span.step][span.name] = span
+        name = "compute" if span.lane == "compute" else span.name
+        assert name not in steps[span.step], f"{span.label} twice"
+        steps[span.step][name] = span
     return steps
 
 
@@ -77,6 +78,13 @@ def test_the_host_does_one_thing_at_a_time_and_collects_so_many_steps_behind(loo
         assert steps[number + lookahead]["launch"].end <= steps[number]["collect"].begin
         if number + lookahead + 1 < 12:
             assert steps[number]["publish"].end <= steps[number + lookahead + 1]["plan"].begin
+
+
+def test_a_compute_stage_with_prompt_tokens_is_named_prefill():
+    trace = Trace()
+    run_loop(trace, 1)
+    names = {step: spans["compute"].name for step, spans in steps_of(only_run(trace)).items()}
+    assert names == {0: "prefill"} | dict.fromkeys(range(1, 12), "compute")
 
 
 def test_only_the_last_steps_are_kept():

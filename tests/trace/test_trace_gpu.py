@@ -21,7 +21,7 @@ def test_the_device_works_on_a_step_between_its_launch_and_its_collection(lookah
     assert run_loop(trace, lookahead, device=open_device("cuda")) == run_loop(None, lookahead)
     (run,) = trace.runs()
     assert len(run.spans) == 12 * 9
-    at = {(span.step, span.name if span.name != "replay" else "compute"): span for span in run.spans}
+    at = {(span.step, "compute" if span.lane == "compute" else span.name): span for span in run.spans}
     for step in range(12):
         stages = [at[step, name] for name in ("copy in", "compute", "copy out")]
         assert all(stage.begin <= stage.end for stage in stages)

@@ -19,28 +19,38 @@ if TYPE_CHECKING:
 
 
 def timeline(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="What --trace wrote; or two, one a run.")],
+    traces: Annotated[
+        list[Path],
+        typer.Argument(metavar="TRACE", help="A file that --trace wrote. Several are drawn one below the other."),
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A page, or the picture alone if it ends in .svg.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="NAME.html for a page, NAME.svg for the picture alone. Default: the first TRACE's name with .html.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=200, help="Steps to draw, of typical length.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=200, help="Decode steps to draw, of typical length.")] = 4,
 ) -> None:
     """Draw lookahead 0 over lookahead 1: what host and device did, on one time scale, and how long the device idled.
 
-    gapless bench decode --lookahead 0 --lookahead 1 --trace out.json
-    gapless timeline out.json -o out.html
+    gapless bench decode --lookahead 0 --lookahead 1 --trace trace.json
+    gapless timeline trace.json
     """
     from gapless.trace.page import page, picture
-    from gapless.trace.read import read_runs
+    from gapless.trace.read import read_files
 
     path = output or traces[0].with_suffix(".html")
-    check_target(path, "picture")
     if any(path.resolve() == trace.resolve() for trace in traces):
         raise ConfigError(f"the picture would overwrite the trace {path}")
-    runs = [run for trace in traces for run in read_runs(trace)]
+    if path.suffix not in (".html", ".svg"):
+        raise ConfigError(f"the picture {path} must end in .html, for a page, or in .svg")
+    check_target(path, "picture")
+    runs = read_files(traces)
     text = picture(runs, steps) if path.suffix == ".svg" else page(runs, steps)
     path.write_text(text, encoding="utf-8")
-    say(f"{path} shows {', '.join(run.name for run in runs)}")
+    print(path)
 
 
 @contextmanager

@@ -32,8 +32,7 @@ class TracedStream:
         if note is None:  # not a step's
             self.inner.enqueue(work)
             return
-        name, step, slot, spans = note.name, note.step, note.slot, self._lane.spans
-        self._lane.queues(step, slot)
+        name, step, slot, spans = self._lane.queues(note), note.step, note.slot, self._lane.spans
 
         def timed() -> None:
             begin = perf_counter()
@@ -112,12 +111,12 @@ class EventTimedStream(TracedStream):
         if note is None:
             self.inner.enqueue(work)
             return
-        self._lane.queues(note.step, note.slot)
+        shown = note._replace(name=self._lane.queues(note))
         begin, end = (self._device.event(f"trace {edge}", timed=True) for edge in ("begin", "end"))
         self.inner.record(begin)
         self.inner.enqueue(work, note)
         self.inner.record(end)
-        self._clock.add(_Piece(self.name, note, begin, end, self._lane.spans))
+        self._clock.add(_Piece(self.name, shown, begin, end, self._lane.spans))
 
 
 class TracedDevice:

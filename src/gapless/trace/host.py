@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from gapless.config import SchedulerLimits
-from gapless.device.base import Device
+from gapless.device.base import Device, Note
 from gapless.engine.build import Parts
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Runner
@@ -17,7 +17,7 @@ from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
 from gapless.scheduler import Scheduler
 from gapless.spans import Span
-from gapless.trace.record import LANES, Trace
+from gapless.trace.record import LANES, PREFILL, Trace
 
 HOST = LANES[0]
 
@@ -33,6 +33,7 @@ class HostLane:
         self.spans = deque[Span]()
         self._trace = trace
         self._plan = (0.0, 0.0)
+        self._prefills = False
         self._launch: tuple[int, str, float] | None = None
         self._booked: tuple[int, str, float] | None = None
         self._step_in: dict[str, int] = {}  # slot -> the last step launched in it
@@ -41,14 +42,16 @@ class HostLane:
         self.spans = self._trace.spans_of(lookahead)
         self._launch = self._booked = None
 
-    def planned(self, begin: float) -> None:
+    def planned(self, plan: Plan | None, begin: float) -> None:
         self._plan = (begin, perf_counter())
+        self._prefills = plan is not None and not plan.decode_only
 
-    def queues(self, step: int, slot: str) -> None:
-        """A piece of this step's work is about to be queued."""
+    def queues(self, note: Note) -> str:
+        """A piece of a step's work is about to be queued. Returns the name to show it under."""
         if self._launch is None:
-            self._launch = (step, slot, perf_counter())
-            self._step_in[slot] = step
+            self._launch = (note.step, note.slot, perf_counter())
+            self._step_in[note.slot] = note.step
+        return PREFILL if self._prefills and note.name == "compute" else note.name
 
     def launched(self) -> None:
         if self._launch is not None:
@@ -82,7 +85,7 @@ class TracedScheduler(Scheduler):
     def plan(self) -> Plan | None:
         begin = perf_counter()
         plan = super().plan()
-        self._lane.planned(begin)
+        self._lane.planned(plan, begin)
         return plan
 
     def commit(self, plan: Plan, sampled: Ints) -> Committed:

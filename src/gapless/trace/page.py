@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gapless.spans import Run
-from gapless.trace.svg import clean, draw, is_wait, milliseconds, titles
-from gapless.trace.window import HOST, Window, share, typical_window
+from gapless.trace.svg import clean, draw, milliseconds, titles
+from gapless.trace.window import Window, typical_window
 
 _NAMED = 2  # runs in the heading
 _STYLE = """
@@ -28,15 +28,15 @@ def picture(runs: Sequence[Run], steps: int) -> str:
 def page(runs: Sequence[Run], steps: int) -> str:
     """An HTML file: the picture, which scrolls where it is wider than the screen, and a table."""
     windows = [typical_window(run, steps) for run in runs]
-    length = max(window.end - window.begin for window in windows)
-    rows = "".join(_row(window, clean(title), length) for window, title in zip(windows, titles(windows), strict=True))
+    rows = "".join(_row(window, clean(title)) for window, title in zip(windows, titles(windows), strict=True))
     names = " over ".join(clean(run.name) for run in runs) if len(runs) <= _NAMED else f"{len(runs)} runs"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{names}</title><style>{_STYLE}</style></head><body><main><h1>{names}</h1>"
         f'<div class="picture" tabindex="0" role="region" aria-label="timeline">{draw(windows)}</div>'
-        "<p>All on one time scale. Point at a bar for its phase, step, slot and time.</p>"
+        "<p>All on one time scale; the figures are those of the steps drawn. Point at a bar for its phase, step, slot "
+        "and time.</p>"
         '<div class="table" tabindex="0" role="region" aria-label="figures"><table><thead><tr><th scope="col">run</th>'
         '<th scope="col">a step takes</th><th scope="col">compute idle</th><th scope="col">host works, a step</th>'
         f'<th scope="col">host waits, a step</th></tr></thead><tbody>{rows}</tbody></table></div>'
@@ -44,15 +44,9 @@ def page(runs: Sequence[Run], steps: int) -> str:
     )
 
 
-def _row(window: Window, title: str, length: float) -> str:
-    steps = length / window.step_seconds
-    works = waits = 0.0
-    for span in window.spans(length):
-        if span.lane == HOST:
-            part = min(span.end, window.begin + length) - max(span.begin, window.begin)
-            works, waits = (works, waits + part) if is_wait(span) else (works + part, waits)
+def _row(window: Window, title: str) -> str:
+    works, waits = (window.host_seconds(waiting=waiting) for waiting in (False, True))
     return (
-        f'<tr><th scope="row">{title}</th><td>{milliseconds(window.step_seconds)}</td>'
-        f"<td>{share(window.idle(length), length):.1%}</td><td>{milliseconds(works / steps)}</td>"
-        f"<td>{milliseconds(waits / steps)}</td></tr>"
+        f'<tr><th scope="row">{title}</th><td>{milliseconds(window.step_seconds)}</td><td>{window.idle_share:.1%}</td>'
+        f"<td>{milliseconds(works)}</td><td>{milliseconds(waits)}</td></tr>"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +37,23 @@ def read_runs(path: Path) -> list[Run]:
         raise InputFileError(f"the trace {path} is no Chrome trace: {error}") from error
     if not runs:
         raise InputFileError(f"the trace {path} has no compute lane: gapless --trace writes one")
+    return runs
+
+
+def read_files(paths: Sequence[Path]) -> list[Run]:
+    """The runs of one or several traces, no two of one name: with several files each name begins with its file's.
+
+    Raises InputFileError.
+    """
+    stems_differ = len({path.stem for path in paths}) == len(paths)
+    seen = Counter[str]()
+    runs: list[Run] = []
+    for path in paths:
+        file = path.stem if stems_differ else str(path)
+        for run in read_runs(path):
+            name = run.name if len(paths) == 1 or run.name == file else f"{file}: {run.name}"
+            seen[name] += 1
+            runs.append(run._replace(name=name if seen[name] == 1 else f"{name} ({seen[name]})"))
     return runs
 
 

@@ -10,6 +10,7 @@ from gapless.spans import Run, Span, chrome_trace
 
 STEPS = 2000
 LANES = ("host", "h2d", "compute", "d2h")
+PREFILL = "prefill"  # name of a compute stage that has prompt tokens in it
 _SPANS_PER_STEP = 9  # six phases of the host, two copies, one compute stage
 
 

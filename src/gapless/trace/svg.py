@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from gapless.spans import Span
-from gapless.trace.window import COMPUTE, HOST, Window, share
+from gapless.trace.window import COMPUTE, HOST, Window, is_wait
 
 WIDTH = 1000
 _LEFT, _RIGHT = 84, 16
@@ -32,7 +32,7 @@ svg{--paper:#fff;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--on:#fff;--idle:#d
 .paper{fill:var(--paper)}text{fill:var(--ink);font-size:12px}.name{font-size:15px;font-weight:600}.soft{fill:var(--soft)}
 .far{text-anchor:end}.mid{text-anchor:middle}.on{fill:var(--on);font-size:11px;text-anchor:middle;pointer-events:none}
 .red{fill:var(--idle);font-size:11px;font-weight:600;text-anchor:middle;paint-order:stroke;stroke:var(--paper);
-stroke-width:4px;pointer-events:none}.grid{stroke:var(--line)}
+stroke-width:4px;pointer-events:none}.grid{stroke:var(--line)}.end{stroke:var(--soft)}
 .s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.plain{fill:var(--plain)}
 .wait{fill:url(#waits)}.idle{fill:url(#idles);stroke:var(--idle);stroke-width:.7}
 g rect{stroke:var(--paper);stroke-width:.4}g:hover rect{stroke:var(--ink);stroke-width:1.2}
@@ -46,10 +46,10 @@ _PATTERNS = (
 
 
 def draw(windows: Sequence[Window]) -> str:
-    """An SVG element. All windows begin at the left edge; the longest one ends at the right edge."""
-    length = max(window.end - window.begin for window in windows)
+    """An SVG element. All windows begin at the left edge; the longest one ends at the right edge, others at a line."""
+    length = max(window.seconds for window in windows)
     height = len(windows) * _BLOCK + _FOOT
-    label = "; ".join(f"{window.run.name}: {summary(window, length)}" for window in windows)
+    label = "; ".join(f"{window.run.name}: {summary(window)}" for window in windows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{clean(label, 400)}"><style>{_STYLE}</style>{_PATTERNS}'
@@ -58,7 +58,7 @@ def draw(windows: Sequence[Window]) -> str:
     ]
     for index, (window, title) in enumerate(zip(windows, titles(windows), strict=True)):
         parts += _block(window, title, length, index * _BLOCK)
-    parts += _legend(windows, length, height)
+    parts += _legend(windows, height)
     return "".join(parts) + "</svg>"
 
 
@@ -68,10 +68,13 @@ def titles(windows: Sequence[Window]) -> list[str]:
     return [f"{run.name}, {run.note}" if differ and run.note else run.name for run in (each.run for each in windows)]
 
 
-def summary(window: Window, length: float) -> str:
+def summary(window: Window) -> str:
     """The figures of a window in words."""
-    idle = share(window.idle(length), length)
-    return f"compute idle {idle:.1%}, {milliseconds(window.step_seconds)} a step"
+    count = len(window.steps)
+    return (
+        f"{count} step{'s' if count > 1 else ''} in {milliseconds(window.seconds)}: "
+        f"{milliseconds(window.step_seconds)} a step, compute idle {window.idle_share:.1%}"
+    )
 
 
 def milliseconds(seconds: float) -> str:
@@ -90,9 +93,9 @@ def _block(window: Window, title: str, length: float, top: float) -> list[str]:
     """One run: its title, its figures and its lanes."""
     parts = [
         f'<text class="name" x="16" y="{top + 30}">{clean(title)}</text>',
-        f'<text class="far" x="{WIDTH - _RIGHT}" y="{top + 30}">{summary(window, length)}</text>',
+        f'<text class="far" x="{WIDTH - _RIGHT}" y="{top + 30}">{summary(window)}</text>',
     ]
-    spans = sorted(window.spans(length), key=lambda span: span.begin)
+    spans = sorted(window.spans(), key=lambda span: span.begin)
     y = top + _HEAD
     for lane, shown, height in _LANES:
         parts.append(f'<text class="soft far" x="{_LEFT - 10}" y="{y + height / 2 + 4:g}">{shown}</text>')
@@ -100,15 +103,18 @@ def _block(window: Window, title: str, length: float, top: float) -> list[str]:
             parts += _idle(window, length, y, height)
         in_lane = (span for span in spans if span.lane == lane)
         for _, group in groupby(in_lane, key=lambda span: (span.step, is_wait(span))):
-            parts += _group(list(group), window.begin, length, y, height)
+            parts += _group(list(group), window, length, y, height)
         y += height + _GAP
+    if window.seconds < length:
+        x, _ = _place(window.end, window.end, window, length)
+        parts.append(f'<path class="end" d="M{x:.2f} {top + _HEAD - 4:g}V{y:g}"/>')
     return parts
 
 
 def _idle(window: Window, length: float, y: float, height: float) -> list[str]:
     parts: list[str] = []
-    for begin, end in window.idle(length):
-        left, width = _place(begin, end, window.begin, length)
+    for begin, end in window.idle():
+        left, width = _place(begin, end, window, length)
         what = f"idle\n{milliseconds(end - begin)}"
         parts.append(f"<g>{_rect('idle', left, y, width, height)}<title>{what}</title></g>")
         if width > 5 * _LETTER:
@@ -116,26 +122,21 @@ def _idle(window: Window, length: float, y: float, height: float) -> list[str]:
     return parts
 
 
-def _group(spans: list[Span], origin: float, length: float, y: float, height: float) -> list[str]:
+def _group(spans: list[Span], window: Window, length: float, y: float, height: float) -> list[str]:
     """Spans of one lane and step that follow each other, with one label."""
     parts: list[str] = []
     for span in spans:
         if span.end > span.begin:
-            left, width = _place(span.begin, span.end, origin, length)
+            left, width = _place(span.begin, span.end, window, length)
             style = "wait" if is_wait(span) else _colour(span.slot)
-            parts.append(f"<g>{_rect(style, left, y, width, height)}<title>{_details(span, origin)}</title></g>")
+            parts.append(f"<g>{_rect(style, left, y, width, height)}<title>{_details(span, window.begin)}</title></g>")
     step = spans[0].step
     if parts and step >= 0 and height > 2 * _LETTER and not is_wait(spans[0]):
-        left, room = _place(spans[0].begin, spans[-1].end, origin, length)
+        left, room = _place(spans[0].begin, spans[-1].end, window, length)
         fitting = next((name for name in (f"step {step}", f"{step}") if len(name) * _LETTER < room), None)
         if fitting is not None:
             parts.append(f'<text class="on" x="{left + room / 2:.1f}" y="{y + height / 2 + 4:g}">{fitting}</text>')
     return parts
-
-
-def is_wait(span: Span) -> bool:
-    """Whether this is the host waiting for the device."""
-    return span.lane == HOST and (span.name == "collect" or span.name.startswith("waited"))
 
 
 def _details(span: Span, origin: float) -> str:
@@ -147,9 +148,10 @@ def _colour(slot: str) -> str:
     return f"s{(ord(slot[0]) - ord('A')) % _SLOTS}" if slot else "plain"
 
 
-def _place(begin: float, end: float, origin: float, length: float) -> tuple[float, float]:
-    """Left edge and width in the picture, cut off at its edges."""
-    left, right = (_LEFT + _PLOT * min(max((at - origin) / length, 0.0), 1.0) for at in (begin, end))
+def _place(begin: float, end: float, window: Window, length: float) -> tuple[float, float]:
+    """Left edge and width in the picture, cut off at the window's edges."""
+    times = (min(max(at, window.begin), window.end) - window.begin for at in (begin, end))
+    left, right = (_LEFT + _PLOT * time / length for time in times)
     return left, max(right - left, _THINNEST)
 
 
@@ -172,9 +174,9 @@ def _axis(length: float, bottom: float) -> list[str]:
     return parts
 
 
-def _legend(windows: Sequence[Window], length: float, height: float) -> list[str]:
+def _legend(windows: Sequence[Window], height: float) -> list[str]:
     """The slots that are to be seen, waiting and idling; at the right the note that all runs share."""
-    slots = sorted({span.slot for window in windows for span in window.spans(length) if span.slot})[:_SLOTS]
+    slots = sorted({span.slot for window in windows for span in window.spans() if span.slot})[:_SLOTS]
     marks = [(_colour(slot), f"slot {clean(slot, 8)}") for slot in slots]
     marks += [("wait", "host waits"), ("idle", "device idles")]
     parts: list[str] = []
