@@ -304,7 +304,7 @@ class Rig:
         """Good steps bring all of it back. Each failure may have doubled the patience of each doubling."""
         budget, limits = self.scheduler.budget, self.schedule.limits
         patience = max(FIRST_PATIENCE, limits.max_model_len) << self._failed
-        for _ in range(patience * limits.max_batch_tokens.bit_length()):
+        for _ in range(patience * limits.max_batch_tokens.bit_length() + 1):
             if budget.tokens == limits.max_batch_tokens:
                 return
             budget.step_succeeded()
