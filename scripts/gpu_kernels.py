@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gapless.attention import make_attention
-from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
 from gapless.attention.scenario import Scenario, batch_of, make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.kernels.paged_decode import DecodeTiles, decode_tiles, paged_decode
@@ -147,9 +147,9 @@ def check_pieces() -> Iterator[bool]:
         kv, exact_kv = scenario.kv, LayerKV(scenario.kv.k_BKSD.float(), scenario.kv.v_BKSD.float())
         qkv_TM, norms_2D = normal(33, (heads[0] + 2 * heads[1]) * head_dim), normal(2, head_dim) if norm else None
         rope_PD = torch.randn(100, head_dim, device=CUDA)
-        q = ops.rope_append(qkv_TM, norms_2D, 1e-5, rope_PD, kv, scenario.batch)
+        q = ops.rope_append(qkv_TM, HeadRotation(norms_2D, 1e-5, rope_PD), kv, scenario.batch)
         norms = None if norms_2D is None else norms_2D.float()
-        exact_q = exact_ops.rope_append(qkv_TM.float(), norms, 1e-5, rope_PD, exact_kv, scenario.batch)
+        exact_q = exact_ops.rope_append(qkv_TM.float(), HeadRotation(norms, 1e-5, rope_PD), exact_kv, scenario.batch)
         yield report(f"rope + append {heads} x {head_dim}: q", error(q, exact_q))
         yield report("                k cache", error(kv.k_BKSD.nan_to_num(), exact_kv.k_BKSD.nan_to_num()))
         yield report("                v cache", error(kv.v_BKSD.nan_to_num(), exact_kv.v_BKSD.nan_to_num()))
@@ -277,7 +277,9 @@ def time_pieces() -> list[str]:
             device=CUDA,
         )
         norm = microseconds(partial(add_rms_norm, x_TH, residual_TH, weight_H, 1e-5))
-        rope = microseconds(partial(ops.rope_append, qkv, None, 1e-5, rope_PD, scenario.kv, scenario.batch))
+        rope = microseconds(
+            partial(ops.rope_append, qkv, HeadRotation(None, 1e-5, rope_PD), scenario.kv, scenario.batch)
+        )
         silu = microseconds(partial(silu_mul, gate_up))
         lines.append(
             f"{tokens:5} tokens  add+rmsnorm {norm:7.1f} us  rope+append {rope:7.1f} us  silu-mul {silu:7.1f} us"

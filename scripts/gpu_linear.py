@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gapless.bench.read_kernel import readers
-from gapless.kernels.choice import FLUSH_BYTES, MOST_WEIGHTS, Kind, multiply
+from gapless.kernels.choice import FLUSH_BYTES, MOST_WEIGHTS, Use, multiply
 from gapless.kernels.linear import MOST_TILES, candidates, runs
-from gapless.kernels.normed import Normed
+from gapless.kernels.normed import LayerMaps, Normed
 from gapless.kernels.ops import TritonOps
 from gapless.weights.hf_config import load_shape
 
@@ -134,8 +134,8 @@ def each_kind(step: Step, rate: float) -> None:
         same, gated = weights[:MOST_WEIGHTS], name == "gate_up"
         if not runs(same[0], step.tokens):
             continue
-        kind = Kind.of(same[0], gated=gated)
-        x = Normed(torch.randn(step.tokens, kind.inputs, device=CUDA, dtype=torch.bfloat16))
+        use = Use.GATED if gated else Use.PLAIN
+        x = Normed(torch.randn(step.tokens, same[0].shape[1], device=CUDA, dtype=torch.bfloat16))
         exact = functional.linear(x.x_TH.float(), same[0].float())
         if gated:
             gate, up = exact.chunk(2, dim=1)
@@ -143,16 +143,16 @@ def each_kind(step: Step, rate: float) -> None:
         rows: list[tuple[float, str]] = []
         for tiles in (None, *candidates(gated=gated, tokens=step.tokens)):
 
-            def work(tiles: object = tiles, same: Sequence[Tensor] = same, x: Normed = x, gated: bool = gated) -> None:
+            def work(tiles: object = tiles, same: Sequence[Tensor] = same, x: Normed = x, use: Use = use) -> None:
                 flush.zero_()
                 for weight in same:
-                    multiply(x, weight, None, tiles, arrived, gated=gated)  # type: ignore[arg-type]
+                    multiply(x, weight, None, tiles, arrived, use)  # type: ignore[arg-type]
 
             seconds = (seconds_of(work) - empty) / len(same)
-            out = multiply(x, same[0], None, tiles, arrived, gated=gated)
+            out = multiply(x, same[0], None, tiles, arrived, use)
             error = float((out.float() - exact).norm() / exact.norm())
             rows.append((seconds, f"{'torch' if tiles is None else tiles} error {error:.1e}"))
-        print(f"\n{name} {kind.outputs} x {kind.inputs}")
+        print(f"\n{name} {same[0].shape[0]} x {same[0].shape[1]}")
         for seconds, text in sorted(rows):
             speed = same[0].nbytes / seconds
             print(f"  {seconds * 1e6:8.2f} us {speed / 1e12:6.3f} TB/s {speed / rate:5.1%}  {text}")
@@ -160,12 +160,13 @@ def each_kind(step: Step, rate: float) -> None:
 
 def chains(step: Step, rate: float) -> None:
     """A whole step each way."""
-    plain, apart, fused = TritonOps(), TritonOps(), TritonOps()
-    linear = [weight for layer in step.layers for weight in layer.linear]
-    gated = [layer.gate_up for layer in step.layers]
-    for ops in (apart, fused):
-        ops.prepare(step.head, linear, gated, [step.tokens], seconds_of)
-    apart.fuse(())
+    plain, apart, fused, alone = (TritonOps() for _ in range(4))
+    layers = step.layers
+    gated, qkv = [layer.gate_up for layer in layers], [layer.qkv for layer in layers]
+    added = [weight for layer in layers for weight in (layer.output, layer.down)]
+    for ops, may_fuse in ((apart, False), (fused, True)):
+        ops.prepare(step.head, LayerMaps(qkv, gated, added), [step.tokens], seconds_of, may_fuse=may_fuse)
+    alone.prepare(step.head, LayerMaps([*qkv, *added], gated, []), [step.tokens], seconds_of)
     size = sum(weight.nbytes for weight in step.weights)
     exact = step.run(plain).float()
     print()
@@ -174,7 +175,7 @@ def chains(step: Step, rate: float) -> None:
         "the fastest of each kind, norms between": lambda: step.run(apart),
         "the same, norms fused": lambda: step.run(fused),
         "torch's products and SiLU-mul alone": lambda: step.run_alone(plain),
-        "the fastest of each kind alone": lambda: step.run_alone(fused),
+        "the fastest of each kind alone": lambda: step.run_alone(alone),
     }.items():
         seconds = seconds_of(work)
         print(f"{name:48} {seconds * 1e3:7.3f} ms {size / seconds / 1e12:6.3f} TB/s {size / seconds / rate:5.1%}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gapless.attention.base import LayerKV
+from gapless.attention.base import HeadRotation, LayerKV
 from gapless.attention.scenario import make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
@@ -184,7 +184,7 @@ def test_silu_mul_equals_torch(width: int):
 
 # (tokens, inputs, outputs): whole tiles, ragged, fewer inputs than a tile, more splits than tiles, two token tiles
 MAPS = [(32, 256, 128), (5, 200, 72), (1, 8, 3), (17, 136, 200), (150, 64, 40)]
-TILES = [LinearTiles(64, 64, 1, 1), LinearTiles(32, 32, 2, 1), LinearTiles(16, 64, 4, 1)]
+TILES = [LinearTiles(64, 64, 1, 1), LinearTiles(32, 32, 2, 1), LinearTiles(16, 64, 4, 1), LinearTiles(32, 32, 2, 1, 16)]
 
 
 def normal(*shape: int) -> Tensor:
@@ -258,6 +258,59 @@ def test_both_ends_of_a_step_equal_the_plain_runner(sizes: tuple[int, int, int, 
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
 
 
+# (cached lengths, (heads, key/value heads), head size, block size, padding)
+DECODES = [
+    ([1, 37, 300, 16, 129], (9, 3), 64, 16, 0),
+    ([257, 2], (4, 1), 20, 24, 2),
+    ([33, 64, 5], (14, 2), 32, 64, 1),
+    ([17], (2, 2), 256, 16, 0),
+]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("merged_by_last", [0, 10**6])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("decodes", DECODES)
+def test_decodes_rotated_appended_and_attended_to_in_one_equal_the_reference(
+    decodes: tuple[list[int], tuple[int, int], int, int, int],
+    norm: bool,
+    merged_by_last: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(paged_decode, "MERGED_BY_LAST", merged_by_last)
+    lengths, (num_heads, num_kv_heads), head_dim, block_size, padding = decodes
+    scenario = make_scenario(
+        [1] * len(lengths),
+        lengths,
+        heads=(num_heads, num_kv_heads),
+        head_dim=head_dim,
+        block_size=block_size,
+        padding=padding,
+    )
+    batch, tokens = scenario.batch, len(lengths) + padding
+    qkv_TM = normal(tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+    rotation = HeadRotation(normal(2, head_dim) if norm else None, 1e-5, normal(400, head_dim))
+    exact_kv = LayerKV(scenario.kv.k_BKSD.clone(), scenario.kv.v_BKSD.clone())
+    q_TND = TorchOps().rope_append(qkv_TM, rotation, exact_kv, batch)
+    exact_TND = REFERENCE.attend(q_TND, exact_kv, batch, 0.2)
+    kv = LayerKV(scenario.kv.k_BKSD.clone(), scenario.kv.v_BKSD.clone())
+    out_TND = TritonAttention(MULTIPROCESSORS).rotate_and_attend(qkv_TM, rotation, kv, batch, 0.2)
+    assert out_TND is not None
+    assert out_TND.is_contiguous()
+    torch.testing.assert_close(out_TND[: len(lengths)], exact_TND[: len(lengths)], rtol=1e-4, atol=1e-4)
+    for ours, exact in ((kv.k_BKSD, exact_kv.k_BKSD), (kv.v_BKSD, exact_kv.v_BKSD)):
+        torch.testing.assert_close(ours[1:], exact[1:], rtol=1e-5, atol=1e-5, equal_nan=True)  # 0 takes padding
+
+
+def test_chunks_are_not_rotated_and_attended_to_in_one():
+    scenario = make_scenario([1, 6], [20, 9], heads=(4, 2), head_dim=32)
+    rotation = HeadRotation(None, 1e-5, normal(40, 32))
+    before = scenario.kv.k_BKSD.clone()
+    args = (normal(7, 8 * 32), rotation, scenario.kv, scenario.batch, 0.2)
+    assert TritonAttention(MULTIPROCESSORS).rotate_and_attend(*args) is None
+    torch.testing.assert_close(scenario.kv.k_BKSD, before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((4, 1), 20), ((14, 2), 32), ((1, 1), 256)])
 def test_rope_append_equals_torch(heads: tuple[int, int], head_dim: int, norm: bool):
@@ -270,7 +323,7 @@ def test_rope_append_equals_torch(heads: tuple[int, int], head_dim: int, norm: b
     outs = list[list[Tensor]]()
     for ops in (TorchOps(), TritonOps()):
         kv = LayerKV(scenario.kv.k_BKSD.clone(), scenario.kv.v_BKSD.clone())
-        q_TND = ops.rope_append(qkv_TM, qk_norm_2D, 1e-5, rope_PD, kv, scenario.batch)
+        q_TND = ops.rope_append(qkv_TM, HeadRotation(qk_norm_2D, 1e-5, rope_PD), kv, scenario.batch)
         assert q_TND.is_contiguous()
         outs.append([q_TND, kv.k_BKSD, kv.v_BKSD])
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5, equal_nan=True)

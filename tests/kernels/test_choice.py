@@ -2,88 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gapless.kernels.choice import Kind, LinearChoices
-from gapless.kernels.linear import CANDIDATES, LinearTiles
+from gapless.kernels.choice import Kind, LinearChoices, Use
+from gapless.kernels.linear import CANDIDATES, LinearTiles, candidates
 
-WEIGHT = torch.empty(256, 128, dtype=torch.bfloat16)
-KINDS = {Kind.of(WEIGHT, gated=False): [WEIGHT]}
+HEAD = torch.empty(256, 128, dtype=torch.bfloat16)
+GATED = torch.empty(512, 128, dtype=torch.bfloat16)
+ADDED = torch.empty(128, 256, dtype=torch.bfloat16)
+NUM_CANDIDATES = len(candidates(gated=False, tokens=16))
+SLOW = 1000.0
 
 
 class Clock:
-    """Says that the n-th way takes the least time, without running it. Way 0 is torch's product."""
+    """Says what each timing takes, without running anything. They come in this order: nothing; ours, one after the
+    other; the norm alone, of a map that RMSNorm follows; torch's."""
 
-    def __init__(self, best: int) -> None:
-        self.best = best
+    def __init__(self, times: Sequence[float]) -> None:
+        self.times = iter([*times])
         self.timings = 0
 
     def __call__(self, work: Callable[[], object]) -> float:
         self.timings += 1
-        return abs(self.timings - 1 - self.best)
+        return next(self.times)
 
 
-def prepare(file: Path | None, clock: Clock, sizes: tuple[int, ...] = (8, 16, 32)) -> LinearChoices:
+def fastest(best: int, *, torch_takes: float = SLOW) -> Clock:
+    """Our way number `best` takes 1."""
+    return Clock([0.0, *(1.0 if way == best else 5.0 + way for way in range(NUM_CANDIDATES)), torch_takes])
+
+
+def prepare(file: Path | None, clock: Clock, sizes: tuple[int, ...] = (8, 16)) -> LinearChoices:
     choices = LinearChoices(file)
-    choices.prepare(KINDS, sizes, torch.zeros(8, dtype=torch.int32), clock)
+    head = Kind.of(HEAD, Use.PLAIN)
+    choices.prepare(head, {head: [HEAD]}, sizes, torch.zeros(8, dtype=torch.int32), clock, may_fuse=True)
     return choices
 
 
-def test_the_fastest_way_is_taken_for_all_sizes_that_share_a_tile():
-    clock = Clock(2)
-    choices = prepare(None, clock, (8, 16))
-    assert choices.get(WEIGHT, 8, gated=False) == choices.get(WEIGHT, 16, gated=False) == CANDIDATES[1]
-    assert clock.timings == 1 + len(CANDIDATES)
+def test_the_fastest_way_is_taken_for_all_sizes_up_to_a_power_of_two():
+    clock = fastest(1)
+    choices = prepare(None, clock)
+    assert choices.get(HEAD, 8, Use.PLAIN) == choices.get(HEAD, 16, Use.PLAIN) == CANDIDATES[1]
+    assert clock.timings == 2 + NUM_CANDIDATES
 
 
 def test_torchs_product_is_taken_where_it_is_the_fastest_and_where_nothing_was_prepared():
-    choices = prepare(None, Clock(0))
-    assert choices.get(WEIGHT, 8, gated=False) is None
-    assert choices.get(WEIGHT, 9, gated=False) is None
-    assert choices.get(WEIGHT, 8, gated=True) is None
+    choices = prepare(None, fastest(0, torch_takes=0.5))
+    assert choices.get(HEAD, 8, Use.PLAIN) is None
+    assert choices.get(HEAD, 9, Use.PLAIN) is None
+    assert choices.get(HEAD, 8, Use.GATED) is None
+
+
+# per map of the layers: (ours, torch's with the kernel behind it, the norm); whether norms are fused; and if not, whose
+FUSING = {
+    "ours are faster": ([(1, 2, 0), (1, 2, 0.5), (1, 2, 0.5)], True, None),
+    "slower by less than the norms": ([(1, 1, 0), (1.3, 1, 0.5), (1.3, 1.7, 0.5)], True, None),
+    "slower by more than the norms": ([(1, 2, 0), (1.6, 1.2, 0.5), (1.6, 1.2, 0.5)], False, [True, False, False]),
+    "one is much slower": ([(9, 2, 0), (1, 2, 0.5), (1, 2, 0.5)], False, [False, True, True]),
+}
+
+
+@pytest.mark.parametrize("may_fuse", [True, False])
+@pytest.mark.parametrize("name", FUSING)
+def test_norms_are_fused_where_the_layer_gains_by_it(name: str, may_fuse: bool):
+    times, fused, ours = FUSING[name]
+    out = torch.empty(128, 128, dtype=torch.bfloat16)
+    head = Kind.of(HEAD, Use.PLAIN)
+    maps: list[tuple[Tensor, Use]] = [(GATED, Use.GATED), (ADDED, Use.ADDED), (out, Use.ADDED)]
+    readings = [0.0, *[SLOW] * NUM_CANDIDATES, 1.0]  # the head is torch's
+    for (weight, use), (us, torch_us, norm) in zip(maps, times, strict=True):
+        count = len(candidates(gated=use == Use.GATED, tokens=16))
+        readings += [0.0, us, *[SLOW] * (count - 1), *([norm] if use == Use.ADDED else []), torch_us]
+        assert weight.dtype == torch.bfloat16
+    kinds = {head: [HEAD], **{Kind.of(weight, use): [weight] for weight, use in maps}}
+    choices, clock = LinearChoices(None), Clock(readings)
+    choices.prepare(head, kinds, [5], torch.zeros(8, dtype=torch.int32), clock, may_fuse=may_fuse)
+    assert clock.timings == len(readings)
+    assert choices.fused == (frozenset([5]) if fused and may_fuse else frozenset())
+    assert choices.get(HEAD, 5, Use.PLAIN) is None
+    if fused and may_fuse:
+        assert all(choices.get(weight, 5, use) is not None for weight, use in maps)
+    elif ours is not None:
+        assert [choices.get(weight, 5, use) is not None for weight, use in maps] == ours
 
 
 def test_a_choice_is_kept_and_not_timed_again(tmp_path: Path):
     file = tmp_path / "new" / "linear.json"
-    prepare(file, Clock(3))
-    clock = Clock(1)
-    assert prepare(file, clock).get(WEIGHT, 8, gated=False) == CANDIDATES[2]
+    prepare(file, fastest(2))
+    clock = fastest(0)
+    assert prepare(file, clock).get(HEAD, 8, Use.PLAIN) == CANDIDATES[2]
     assert clock.timings == 0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"256x128 bfloat16 16": {"old": 1}}', '{"256x128 bfloat16 16": 3}'])
+NAME = Kind.of(HEAD, Use.PLAIN).name(torch.bfloat16, 16)
+NO_SENSE = ["", "[]", "{", *(json.dumps({NAME: entry}) for entry in ({"old": 1}, 3, {"tiles": {"a": 1}}, {"tiles": 7}))]
+
+
+@pytest.mark.parametrize("text", NO_SENSE)
 def test_a_file_that_makes_no_sense_is_timed_again_and_mended(tmp_path: Path, text: str):
     file = tmp_path / "linear.json"
     file.write_text(text)
-    assert prepare(file, Clock(1)).get(WEIGHT, 8, gated=False) == CANDIDATES[0]
-    assert prepare(file, Clock(2)).get(WEIGHT, 8, gated=False) == CANDIDATES[0]
+    assert prepare(file, fastest(0)).get(HEAD, 8, Use.PLAIN) == CANDIDATES[0]
+    assert prepare(file, fastest(1)).get(HEAD, 8, Use.PLAIN) == CANDIDATES[0]
 
 
 def test_tiles_that_are_no_longer_tried_are_timed_again(tmp_path: Path):
     file = tmp_path / "linear.json"
-    prepare(file, Clock(1))
+    prepare(file, fastest(0))
     file.write_text(file.read_text().replace('"num_stages": 5', '"num_stages": 7'))
     assert LinearTiles(64, 128, 1, 7) not in CANDIDATES
-    assert prepare(file, Clock(2)).get(WEIGHT, 8, gated=False) == CANDIDATES[1]
+    assert prepare(file, fastest(1)).get(HEAD, 8, Use.PLAIN) == CANDIDATES[1]
 
 
 def test_a_folder_that_can_not_be_written_does_no_harm(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    choices = prepare(tmp_path / "file" / "linear.json", Clock(1))
-    assert choices.get(WEIGHT, 8, gated=False) == CANDIDATES[0]
+    choices = prepare(tmp_path / "file" / "linear.json", fastest(0))
+    assert choices.get(HEAD, 8, Use.PLAIN) == CANDIDATES[0]
 
 
-@pytest.mark.parametrize(
-    ("weight", "tokens"), [(WEIGHT.float(), 8), (WEIGHT, 513), (WEIGHT[:, :100], 8), (WEIGHT.T, 8)]
-)
-def test_what_the_kernels_can_not_multiply_is_left_to_torch(weight: torch.Tensor, tokens: int):
-    choices, clock = LinearChoices(None), Clock(1)
-    choices.prepare({Kind.of(weight, gated=False): [weight]}, [tokens], torch.zeros(8, dtype=torch.int32), clock)
-    assert choices.get(weight, tokens, gated=False) is None
+@pytest.mark.parametrize(("weight", "tokens"), [(HEAD.float(), 8), (HEAD, 1025), (HEAD[:, :100], 8), (HEAD.T, 8)])
+def test_what_the_kernels_can_not_multiply_is_left_to_torch(weight: Tensor, tokens: int):
+    choices, clock = LinearChoices(None), fastest(0)
+    kind = Kind.of(weight, Use.PLAIN)
+    choices.prepare(kind, {kind: [weight]}, [tokens], torch.zeros(8, dtype=torch.int32), clock, may_fuse=True)
+    assert choices.get(weight, tokens, Use.PLAIN) is None
     assert clock.timings == 0

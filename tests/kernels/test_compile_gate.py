@@ -52,7 +52,7 @@ TYPES = {
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
 
 
-def decode(head_dim: int, group: int, amd: bool, fused: bool = True, block_size: int = 16) -> Case:
+def decode(head_dim: int, group: int, amd: bool, fused: bool = True, block_size: int = 16, rotate: bool = True) -> Case:
     tiles = decode_tiles(head_dim, 2, group, amd)
     dim_tile, heads = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     constants: dict[str, int | bool] = {
@@ -66,6 +66,8 @@ def decode(head_dim: int, group: int, amd: bool, fused: bool = True, block_size:
         "ENTRIES_TILE": 32,
         "MERGE": merge_step(heads, dim_tile, tiles.num_warps),
         "FUSED": fused,
+        "ROTATE": rotate,
+        "NORM": rotate,
     }
     return decode_kernel, constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
@@ -124,18 +126,20 @@ def linear(tiles: LinearTiles, tokens: int, gated: bool) -> Case:
         "IN_TILE": tiles.in_tile,
         "BIAS": True,
         "NORMED": True,
+        "PARTS": 64,
         "PREFETCH": 512,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return (
         (gated_kernel, constants, options)
         if gated
-        else (linear_kernel, {**constants, "SPLIT": tiles.split, "ADD": True, "NORM": True}, options)
+        else (linear_kernel, {**constants, "SPLIT": tiles.split, "ADD": True, "NORM": True, "EARLY": True}, options)
     )
 
 
 CASES: dict[str, Callable[[bool], Case]] = {
     "decode-128": lambda amd: decode(128, 4, amd),
+    "decode-128-rotated-before": lambda amd: decode(128, 4, amd, rotate=False),
     "decode-128-unmerged": lambda amd: decode(128, 4, amd, fused=False),
     "decode-128-many-heads": lambda amd: decode(128, 32, amd),
     "decode-64": lambda amd: decode(64, 7, amd),

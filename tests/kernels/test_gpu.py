@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gapless.attention import make_attention
-from gapless.attention.base import LayerKV
+from gapless.attention.base import HeadRotation, LayerKV
 from gapless.attention.scenario import Scenario, make_scenario
 from gapless.attention.torch_reference import TorchAttention
 from gapless.models.layers import TorchOps, make_ops
@@ -129,9 +129,56 @@ def test_the_layer_pieces_in_bfloat16_stay_close_to_float32():
     _, exact_kv = in_float32(scenario)
     qkv_TM, norms_2D = normal(33, 48 * 128), normal(2, 128)
     rope_PD = torch.randn(100, 128, generator=generator, device=CUDA)
-    q_TND = ops.rope_append(qkv_TM, norms_2D, 1e-5, rope_PD, scenario.kv, scenario.batch)
-    exact_q = exact_ops.rope_append(qkv_TM.float(), norms_2D.float(), 1e-5, rope_PD, exact_kv, scenario.batch)
+    q_TND = ops.rope_append(qkv_TM, HeadRotation(norms_2D, 1e-5, rope_PD), scenario.kv, scenario.batch)
+    exact_q = exact_ops.rope_append(
+        qkv_TM.float(), HeadRotation(norms_2D.float(), 1e-5, rope_PD), exact_kv, scenario.batch
+    )
     assert relative_error(q_TND, exact_q) < BOUND
     for ours, theirs in ((scenario.kv.k_BKSD, exact_kv.k_BKSD), (scenario.kv.v_BKSD, exact_kv.v_BKSD)):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "norm"),
+    [((9, 3), 64, False), ((32, 8), 128, False), ((4, 4), 256, False), ((16, 8), 128, True)],
+)
+def test_rotated_appended_and_attended_to_in_one_is_right_in_a_graph(heads: tuple[int, int], head_dim: int, norm: bool):
+    """Behind another kernel, so that keys are asked for before they may be read; replayed at other lengths."""
+    num_heads, num_kv_heads = heads
+    lengths = [7, 300, 64, 129, 2000, 17]
+    scenario = make_scenario(
+        [1] * 6, lengths, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA, max_kv=8192
+    )
+    generator = torch.Generator(CUDA).manual_seed(0)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    x_TM, weight_M = (torch.randn(*s, width, generator=generator, device=CUDA).bfloat16() for s in ((6,), ()))
+    norms_2D = torch.randn(2, head_dim, generator=generator, device=CUDA).bfloat16() if norm else None
+    rotation = HeadRotation(norms_2D, 1e-5, torch.randn(2001, head_dim, generator=generator, device=CUDA))
+    attention, batch, scale = make_attention("triton", CUDA), scenario.batch, head_dim**-0.5
+
+    def run() -> Tensor:
+        qkv_TM = add_rms_norm(None, x_TM, weight_M, 1e-5)
+        out_TND = attention.rotate_and_attend(qkv_TM, rotation, scenario.kv, batch, scale)
+        assert out_TND is not None
+        return out_TND
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TND = run()
+    for changed in (lengths, [300, 7, 1, 2000, 129, 16]):
+        new = make_scenario([1] * 6, changed, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA)
+        for name in ("rows_E", "kv_len_E", "token_rows_T", "positions_T"):
+            getattr(batch, name).copy_(getattr(new.batch, name))
+        _, exact_kv = in_float32(scenario)
+        filled = LayerKV(exact_kv.k_BKSD.nan_to_num(), exact_kv.v_BKSD.nan_to_num())
+        scenario.kv.k_BKSD.nan_to_num_()
+        scenario.kv.v_BKSD.nan_to_num_()
+        graph.replay()
+        qkv_TM = add_rms_norm(None, x_TM, weight_M, 1e-5).float()
+        norms = None if norms_2D is None else norms_2D.float()
+        q_TND = TorchOps().rope_append(qkv_TM, HeadRotation(norms, 1e-5, rotation.rope_PD), filled, batch)
+        assert relative_error(out_TND, TorchAttention().attend(q_TND, filled, batch, scale)) < 2 * BOUND
+        for ours, exact in ((scenario.kv.k_BKSD, filled.k_BKSD), (scenario.kv.v_BKSD, filled.v_BKSD)):
+            assert relative_error(ours, exact) < BOUND

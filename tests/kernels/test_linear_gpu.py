@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 from gapless.kernels.dependent import is_hopper  # noqa: E402
 from gapless.kernels.linear import LinearTiles, add_linear, candidates, gated_linear, linear  # noqa: E402
-from gapless.kernels.normed import Normed  # noqa: E402
+from gapless.kernels.normed import LayerMaps, Normed  # noqa: E402
 from gapless.kernels.ops import TritonOps  # noqa: E402
 
 pytestmark = [
@@ -103,7 +105,8 @@ def test_the_fused_way_through_layers_stays_close_to_torchs_products():
     ops, plain = TritonOps(), TritonOps()
     weights = [normal(hidden, hidden, seed=seed) / 16 for seed in range(6)]
     gates = [normal(2 * hidden, hidden, seed=10 + seed) / 16 for seed in range(6)]
-    ops.prepare(weights[0], weights, gates, [tokens], lambda _: 1.0)
+    seconds = itertools.count(1.0)  # torch's ways, timed last, take longest
+    ops.prepare(weights[0], LayerMaps([], gates, weights), [tokens], lambda _: next(seconds))
     norm_H, outs = normal(hidden, seed=3), list[Tensor]()
     for each in (ops, plain):
         residual_TH = normal(tokens, hidden, seed=4)

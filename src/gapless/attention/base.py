@@ -42,6 +42,15 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRotation:
+    """What becomes of the heads of q and k before they meet: RMSNorm where there are weights, then rotation."""
+
+    qk_norm_2D: Tensor | None  # row 0 for queries, row 1 for keys
+    eps: float
+    rope_PD: Tensor  # float32 [positions, D]: cosines of the D/2 angles, then sines
+
+
+@dataclass(frozen=True, slots=True)
 class LayerKV:
     """The KV cache of one layer. Token t of block b, head k lies at [b, k, t].
 
@@ -115,4 +124,13 @@ class AttentionBackend(Protocol):
 
     def attend(self, q_TND: Tensor, kv: LayerKV, batch: AttentionBatch, scale: float) -> Tensor:
         """Causal attention of the step's queries over the cache: contiguous [T, N, D] in q's dtype."""
+        ...
+
+    def rotate_and_attend(
+        self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch, scale: float
+    ) -> Tensor | None:
+        """Norm and rotate q and k, append k and v, and attend, from the contiguous product of q, k and v, in one.
+
+        None, and nothing done, where the backend has no such kernel for this batch.
+        """
         ...

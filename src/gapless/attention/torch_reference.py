@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gapless.attention.base import AttentionBatch, LayerKV, append_kv
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV, append_kv
 
 SIMILAR_SHARE = 0.7  # decodes this much shorter than the longest of their group start a new one …
 SIMILAR_LENGTH = 32  # … if they are shorter by this many tokens too
@@ -69,6 +69,11 @@ class TorchAttention:
         outs = [_decode_all(q_TND[: batch.num_decodes], kv, step, scale)] if batch.num_decodes else []
         outs += [_prefill(q_TND[chunk.span], kv, chunk, scale) for chunk in step.chunks]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def rotate_and_attend(
+        self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch, scale: float
+    ) -> Tensor | None:
+        return None
 
 
 def _index_step(kv: LayerKV, batch: AttentionBatch) -> _StepIndex:

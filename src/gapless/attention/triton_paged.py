@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, LayerKV, append_kv
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV, append_kv
 from gapless.kernels.paged_decode import paged_decode
 from gapless.kernels.paged_prefill import paged_prefill
 
@@ -13,7 +13,8 @@ MAX_ARRIVED = 65536
 
 
 class TritonAttention:
-    """Two launches: decodes split over their KV, other entries tiled over their queries. Never synchronises.
+    """Two launches: decodes split over their KV, other entries tiled over their queries; a batch of decodes alone is
+    rotated, appended and attended to in one. Never synchronises.
 
     `multiprocessors` of the device sets into how many units decodes are cut. For one stream: decodes count the units
     that are done in memory which the first call allocates and every later one shares, so that call must not be in a
@@ -44,6 +45,20 @@ class TritonAttention:
             )
         if num_decodes < batch.rows_E.shape[0]:
             paged_prefill(q_TND, out_TND, kv, batch, scale)
+        return out_TND
+
+    def rotate_and_attend(
+        self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch, scale: float
+    ) -> Tensor | None:
+        entries = batch.rows_E.shape[0]
+        if batch.num_decodes < entries:
+            return None
+        num_kv_heads, head_dim = kv.k_BKSD.shape[1], kv.k_BKSD.shape[3]
+        qkv_TXD = qkv_TM.view(entries, -1, head_dim)
+        shape = (entries, qkv_TXD.shape[1] - 2 * num_kv_heads, head_dim)
+        out_TND = torch.empty(shape, dtype=qkv_TM.dtype, device=qkv_TM.device)
+        arrived_P = self._arrived(entries * num_kv_heads, qkv_TM.device)
+        paged_decode(qkv_TXD, out_TND, kv, batch, scale, self._multiprocessors, arrived_P=arrived_P, rotation=rotation)
         return out_TND
 
     def _arrived(self, pairs: int, device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Which kernel multiplies with each kind of weights at each number of tokens: timed at start-up, kept in a file.
 
-Kinds are told apart by shape, so layers share a choice. A file belongs to one device model and one set of versions;
-equal files give equal kernels, and so equal bits.
+Kinds are told apart by shape and use, so layers share a choice. A file belongs to one device model and one set of
+versions; equal files give equal kernels, and so equal bits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +22,31 @@ from torch.nn import functional
 
 from gapless.kernels.linear import (
     ALL_CANDIDATES,
-    MOST_TOKENS,
     LinearTiles,
+    add_linear,
     candidates,
     gated_linear,
     linear,
     runs,
-    tokens_tile,
+    token_class,
 )
 from gapless.kernels.normed import Normed
+from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.silu_mul import silu_mul
 
-TORCH_HANDICAP = 1.05  # torch's product can not take the norm along, which costs a kernel
 FLUSH_BYTES = 128 * 2**20  # more than any L2
 MOST_WEIGHTS = 8  # of a kind, multiplied one after the other in a timing
+_EPS = 1e-5
 _log = logging.getLogger(__name__)
 
 Seconds = Callable[[Callable[[], object]], float]
 """Captures work as a graph and times its replay."""
+
+
+class Use(StrEnum):
+    PLAIN = "plain"
+    GATED = "gated"  # SiLU-mul of the product follows
+    ADDED = "added"  # the product is added to the residual, and RMSNorm follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +55,33 @@ class Kind:
 
     outputs: int
     inputs: int
-    gated: bool
+    use: Use
 
     @classmethod
-    def of(cls, weight_OI: Tensor, *, gated: bool) -> Kind:
-        return cls(weight_OI.shape[0], weight_OI.shape[1], gated)
+    def of(cls, weight_OI: Tensor, use: Use) -> Kind:
+        return cls(weight_OI.shape[0], weight_OI.shape[1], use)
+
+    def name(self, dtype: torch.dtype, tokens: int) -> str:
+        return f"{self.outputs}x{self.inputs} {self.use} {str(dtype)[6:]} {tokens}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one kind at one number of tokens, in microseconds: our fastest tiles, and torch's product with the kernel for
+    what follows it. `norm` is that kernel alone where it is RMSNorm, which ours need too where norms are not fused."""
+
+    tiles: LinearTiles
+    ours: float
+    torch: float
+    norm: float = 0.0
+
+    @classmethod
+    def of(cls, tiles: dict[str, int], **times: float) -> Timing:
+        return cls(LinearTiles(**tiles), **times)
+
+    def tiles_apart(self) -> LinearTiles | None:
+        """The faster way where norms have kernels of their own; None is torch's product."""
+        return self.tiles if self.ours + self.norm < self.torch else None
 
 
 class LinearChoices:
@@ -59,44 +90,65 @@ class LinearChoices:
     def __init__(self, file: Path | None) -> None:
         self._file = file
         self._tiles: dict[tuple[Kind, int], LinearTiles | None] = {}
+        self.fused: frozenset[int] = frozenset()
+        """Numbers of tokens at which the norms are part of the products."""
 
-    def get(self, weight_OI: Tensor, tokens: int, *, gated: bool) -> LinearTiles | None:
-        return self._tiles.get((Kind.of(weight_OI, gated=gated), tokens))
+    def get(self, weight_OI: Tensor, tokens: int, use: Use) -> LinearTiles | None:
+        return self._tiles.get((Kind.of(weight_OI, use), tokens))
 
     def prepare(
-        self, weights: Mapping[Kind, Sequence[Tensor]], sizes: Sequence[int], arrived: Tensor, seconds_of: Seconds
+        self,
+        head: Kind,
+        weights: Mapping[Kind, Sequence[Tensor]],
+        sizes: Collection[int],
+        arrived: Tensor,
+        seconds_of: Seconds,
+        *,
+        may_fuse: bool,
     ) -> None:
-        """Choose for steps of each of these numbers of tokens. Numbers that share a tile share the choice."""
+        """Choose for steps of each of these numbers of tokens.
+
+        weights  the head's and those of all layers, by kind. Their numbers count where norms are fused or not.
+        """
         known = self._read()
         flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=arrived.device)
-        for kind, same in weights.items():
-            classes: dict[int, list[int]] = {}
-            for size in sizes:
-                if runs(same[0], size):
-                    classes.setdefault(tokens_tile(size), []).append(size)
-            for tile, members in classes.items():
-                name = f"{kind.outputs}x{kind.inputs}{' gated' if kind.gated else ''} {str(same[0].dtype)[6:]} {tile}"
+        classes: dict[int, list[int]] = {}
+        for size in sizes:
+            classes.setdefault(token_class(size), []).append(size)
+        for tokens, members in classes.items():
+            timings: dict[Kind, Timing] = {}
+            for kind, same in weights.items():
+                if not runs(same[0], tokens):
+                    continue
+                name = kind.name(same[0].dtype, tokens)
                 if name not in known:
-                    known[name] = _fastest(kind, same[:MOST_WEIGHTS], max(members), arrived, flush, seconds_of)
+                    known[name] = _time(kind, same[:MOST_WEIGHTS], max(members), arrived, flush, seconds_of)
                     _log.info("linear map %s: %s", name, known[name])
-                self._tiles.update({(kind, size): known[name] for size in members})
+                timings[kind] = known[name]
+            layers = {kind: len(same) for kind, same in weights.items() if kind != head}
+            fuse = may_fuse and _fusing_pays(layers, timings)
+            if fuse:
+                self.fused |= frozenset(members)
+            for kind, timing in timings.items():
+                tiles = timing.tiles if fuse and kind in layers else timing.tiles_apart()
+                self._tiles.update({(kind, size): tiles for size in members})
         self._write(known)
 
-    def _read(self) -> dict[str, LinearTiles | None]:
+    def _read(self) -> dict[str, Timing]:
         if self._file is None or not self._file.exists():
             return {}
         try:
-            entries = json.loads(self._file.read_text())
-            known = {name: None if tiles is None else LinearTiles(**tiles) for name, tiles in entries.items()}
-            return {name: tiles for name, tiles in known.items() if tiles is None or tiles in ALL_CANDIDATES}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            entries: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
+            known = {name: Timing.of(**entry) for name, entry in entries.items()}
+            return {name: timing for name, timing in known.items() if timing.tiles in ALL_CANDIDATES}
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             _log.warning("%s is of no use (%s): timing again", self._file, error)
             return {}
 
-    def _write(self, known: dict[str, LinearTiles | None]) -> None:
+    def _write(self, known: dict[str, Timing]) -> None:
         if self._file is None:
             return
-        entries = {name: None if tiles is None else asdict(tiles) for name, tiles in sorted(known.items())}
+        entries = {name: asdict(timing) for name, timing in sorted(known.items())}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as unfinished:
@@ -106,33 +158,66 @@ class LinearChoices:
             _log.warning("the choice of kernels could not be kept: %s", error)
 
 
-def _fastest(
+def _fusing_pays(layers: Mapping[Kind, int], timings: Mapping[Kind, Timing]) -> bool:
+    """Whether our kernels for all maps of the layers, norms in them, beat the faster way of each with norms apart."""
+    if not layers or not all(kind in timings for kind in layers):
+        return False
+    fused = apart = 0.0
+    for kind, count in layers.items():
+        timing = timings[kind]
+        fused += count * timing.ours
+        apart += count * min(timing.ours + timing.norm, timing.torch)
+    return fused < apart
+
+
+def _time(
     kind: Kind, weights: Sequence[Tensor], tokens: int, arrived: Tensor, flush: Tensor, seconds_of: Seconds
-) -> LinearTiles | None:
-    assert tokens <= MOST_TOKENS
-    x_TI = torch.randn(tokens, kind.inputs, device=weights[0].device).to(weights[0].dtype)
+) -> Timing:
+    device, dtype = weights[0].device, weights[0].dtype
+    x_TI = torch.randn(tokens, kind.inputs, device=device).to(dtype)
+    residual_TO = torch.zeros(tokens, kind.outputs if kind.use == Use.ADDED else 0, device=device, dtype=dtype)
+    norm_O = torch.ones(residual_TO.shape[1], device=device, dtype=dtype)
 
-    def seconds(tiles: LinearTiles | None) -> float:
-        def work() -> None:
+    def microseconds(work: Callable[[Tensor], object] | None) -> float:
+        def all_of_them() -> None:
             flush.zero_()
-            for weight_OI in weights:
-                multiply(Normed(x_TI), weight_OI, None, tiles, arrived, gated=kind.gated)
+            for weight_OI in weights if work else ():
+                assert work is not None
+                work(weight_OI)
 
-        return seconds_of(work)
+        return seconds_of(all_of_them) * 1e6 / len(weights)
 
-    ways = [None, *candidates(gated=kind.gated, tokens=tokens)]
-    times = {way: seconds(way) for way in ways}
-    return min(ways, key=lambda way: times[way] * (TORCH_HANDICAP if way is None else 1.0))
+    def multiply_by(tiles: LinearTiles | None) -> Callable[[Tensor], object]:
+        def work(weight_OI: Tensor) -> None:
+            if kind.use == Use.ADDED and tiles is not None:
+                add_linear(x_TI, weight_OI, None, residual_TO, norm_O, _EPS, tiles, arrived)
+                return
+            out = multiply(Normed(x_TI), weight_OI, None, tiles, arrived, kind.use)
+            if kind.use == Use.ADDED:
+                add_rms_norm(out, residual_TO, norm_O, _EPS)
+
+        return work
+
+    empty = microseconds(None)
+    times = {
+        tiles: microseconds(multiply_by(tiles)) - empty
+        for tiles in candidates(gated=kind.use == Use.GATED, tokens=tokens)
+    }
+    best = min(times, key=lambda tiles: times[tiles])
+    norm = 0.0
+    if kind.use == Use.ADDED:
+        norm = microseconds(lambda _: add_rms_norm(residual_TO, residual_TO, norm_O, _EPS)) - empty
+    return Timing(best, times[best], microseconds(multiply_by(None)) - empty, norm)
 
 
 def multiply(
-    x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles | None, arrived: Tensor, *, gated: bool
+    x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles | None, arrived: Tensor, use: Use
 ) -> Tensor:
-    """One map the way that was chosen."""
+    """One map the way that was chosen, without the norm that may follow."""
     if tiles is None:
         assert x.squares is None
         out_TO = functional.linear(x.x_TH, weight_OI, bias_O)
-        return silu_mul(out_TO) if gated else out_TO
-    if gated:
+        return silu_mul(out_TO) if use == Use.GATED else out_TO
+    if use == Use.GATED:
         return gated_linear(x, weight_OI, bias_O, tiles)
     return linear(x, weight_OI, bias_O, tiles, arrived)

@@ -1,9 +1,12 @@
 # pyright: reportAttributeAccessIssue=false
 """Programmatic dependent launch: a kernel's programs may start while the kernel before it still runs.
 
-A kernel that was launched with `dependent_launch()` calls `follow` before it touches anything but weights, which no
-step writes. So whatever ran before has ended by then, since every kernel before has waited in the same way or was an
-ordinary launch; and an ordinary launch behind it waits for its end as always. NVIDIA from sm_90 on.
+A kernel that was launched with `dependent_launch()` calls `follow`: it waits until the kernel before it has ended, and
+only then lets the kernel behind it start. So when a program starts, everything but the kernel right before it has
+ended, and before `follow` a program may do what does not depend on that one: read weights, what an earlier kernel
+wrote, or ask for memory to be brought into L2. (Were a kernel to let the next one start before its own wait, small
+kernels could pile up, and a program would read what a kernel two before it has yet to write: tried, and wrong.)
+An ordinary launch behind a dependent one waits for its end as always. NVIDIA from sm_90 on.
 https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
 """
 
@@ -21,10 +24,10 @@ SINCE = 90  # sm_90
 
 @triton.jit
 def follow(DEPENDENT: tl.constexpr) -> None:
-    """Let the kernel behind start, and wait until those before have ended and their writes can be seen."""
+    """Wait until the kernels before have ended and their writes can be seen, then let the kernel behind start."""
     if DEPENDENT:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @functools.cache

@@ -1,11 +1,12 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 """Linear maps of a few tokens, for decode steps: bound by reading the weights, each of them once.
 
 The weights are the tall operand of the product, so 64 or 128 of their rows fill a matrix instruction and the tokens
 are its columns. The inputs of a map may be split among programs; the last to arrive adds the parts up in their order,
 so equal inputs give equal bits. Before a program waits for the kernel before it, it asks for the first of its weights
-to be brought into L2: what that kernel's end leaves idle is spent on reading.
+to be brought into L2, and reads the residual if the product will take long enough for that to pay: what that kernel's
+end leaves idle is spent on reading.
 
 RMSNorm has no kernel of its own between two maps: the first adds to the residual, multiplies it by the norm's weights
 and leaves sums of squares behind; the second multiplies its product by what follows from them.
@@ -23,17 +24,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gapless.kernels.dependent import dependent_launch
+from gapless.kernels.dependent import dependent_launch, follow
 from gapless.kernels.normed import Normed
 
 LARGEST_TILE = 128  # tokens of a program
-MOST_TOKENS = 512
+MOST_TOKENS = 1024
 MOST_TILES = 65536
 SHARED_BYTES = 225 * 1024  # of a program, on sm_90
 PREFETCH_BYTES = 512  # of a row
+EARLY_INPUTS = (
+    2048  # of a program, from which on the residual is read early: at 576 that costs 1 us, at 4096 it gains 1
+)
 _ITEM = 2  # bytes of bfloat16 and float16
 
 
@@ -52,22 +55,13 @@ def prefetch_rows(row_at_O: tl.tensor, BYTES: tl.constexpr) -> None:
 
 
 @triton.jit
-def inverse_rms(
-    squares_PT: tl.tensor,
-    parts: tl.tensor,
-    stride: tl.tensor,
-    token_T: tl.tensor,
-    width: tl.tensor,
-    eps: tl.tensor,
-    TOKENS_TILE: tl.constexpr,
+def load_squares(
+    squares_PT: tl.tensor, parts: tl.tensor, tokens: tl.tensor, token_T: tl.tensor, PARTS: tl.constexpr
 ) -> tl.tensor:
-    """Each token's factor, from sums of squares over parts of its `width` numbers; taken in their order."""
-    part_P = tl.arange(0, 16)
-    sum_T = tl.zeros((TOKENS_TILE,), tl.float32)
-    for start in range(0, parts, 16):
-        at_PT = squares_PT + (start + part_P)[:, None] * stride + token_T[None, :]
-        sum_T += tl.sum(tl.load(at_PT, mask=(start + part_P < parts)[:, None], other=0.0), axis=0)
-    return tl.rsqrt(sum_T / width + eps)
+    """Each token's sums of squares over parts of its numbers."""
+    part_P = tl.arange(0, PARTS)
+    inside = (part_P < parts)[:, None] & (token_T < tokens)[None, :]
+    return tl.load(squares_PT + part_P[:, None] * tokens + token_T[None, :], mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
@@ -96,10 +90,15 @@ def linear_kernel(
     NORMED: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+    PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """out = x W^T + b, or with ADD residual += x W^T + b and with NORM also out = residual * norm and its squares."""
+    """out = x W^T + b, or with ADD residual += x W^T + b and with NORM also out = residual * norm and its squares.
+
+    With EARLY the residual is read before the wait for the kernel before: that one must not write it.
+    """
     first_token = tl.program_id(0) * TOKENS_TILE
     tile = tl.program_id(1)
     split = tl.program_id(2)
@@ -107,11 +106,16 @@ def linear_kernel(
     begin = split * share
     first = tile * OUT_TILE
     out_O = first + tl.arange(0, OUT_TILE)
-    if DEPENDENT:
-        cuda.gdc_launch_dependents()
-        if PREFETCH:
-            prefetch_rows(weight_at + tl.minimum(out_O, outputs - 1).to(tl.int64) * inputs + begin, PREFETCH)
-        cuda.gdc_wait()
+    token_T = first_token + tl.arange(0, TOKENS_TILE)
+    inside = (token_T < tokens)[None, :] & (out_O < outputs)[:, None]
+    at = token_T.to(tl.int64)[None, :] * outputs + out_O[:, None]
+    if DEPENDENT and PREFETCH:
+        prefetch_rows(weight_at + tl.minimum(out_O, outputs - 1).to(tl.int64) * inputs + begin, PREFETCH)
+    if ADD and EARLY:
+        old_OT = tl.load(residual_TO + at, mask=inside, other=0.0)
+    follow(DEPENDENT)
+    if NORMED:
+        square_PT = load_squares(squares_PT, parts, tokens, token_T, PARTS)
     sum_OT = tl.zeros((OUT_TILE, TOKENS_TILE), tl.float32)
     for start in tl.range(begin, tl.minimum(begin + share, inputs), IN_TILE):
         w_OI = weight_OI.load([first, start])
@@ -133,23 +137,21 @@ def linear_kernel(
             for part in tl.static_range(SPLIT):
                 sum_OT += tl.load(parts_at + part * PART, cache_modifier=".cg")  # past L1: others wrote these
     if last:
-        token_T = first_token + tl.arange(0, TOKENS_TILE)
-        stride = tl.num_programs(0) * TOKENS_TILE
-        inside = (token_T < tokens)[None, :] & (out_O < outputs)[:, None]
-        at = token_T.to(tl.int64)[None, :] * outputs + out_O[:, None]
         dtype: tl.constexpr = residual_TO.dtype.element_ty
         if NORMED:
-            sum_OT *= inverse_rms(squares_PT, parts, stride, token_T, inputs, eps, TOKENS_TILE)[None, :]
+            sum_OT *= tl.rsqrt(tl.sum(square_PT, axis=0) / inputs + eps)[None, :]
         if BIAS:
             sum_OT += tl.load(bias_O + out_O, mask=out_O < outputs, other=0.0).to(tl.float32)[:, None]
         if ADD:
             update_OT = sum_OT.to(dtype).to(tl.float32)  # rounded as if the product had been stored
-            residual_OT = tl.load(residual_TO + at, mask=inside, other=0.0).to(tl.float32)
-            residual_OT = (residual_OT + update_OT).to(dtype)
+            if not EARLY:
+                old_OT = tl.load(residual_TO + at, mask=inside, other=0.0)
+            residual_OT = (old_OT.to(tl.float32) + update_OT).to(dtype)
             tl.store(residual_TO + at, residual_OT, mask=inside)
             if NORM:
                 residual_OT = tl.where(inside, residual_OT.to(tl.float32), 0.0)
-                tl.store(new_squares_PT + tile * stride + token_T, tl.sum(residual_OT * residual_OT, axis=0))
+                square_T = tl.sum(residual_OT * residual_OT, axis=0)
+                tl.store(new_squares_PT + tile * tokens + token_T, square_T, mask=token_T < tokens)
                 norm = tl.load(norm_O + out_O, mask=out_O < outputs, other=0.0).to(tl.float32)
                 tl.store(out_TO + at, (residual_OT * norm[:, None]).to(dtype), mask=inside)
         else:
@@ -174,6 +176,7 @@ def gated_kernel(
     IN_TILE: tl.constexpr,
     BIAS: tl.constexpr,
     NORMED: tl.constexpr,
+    PARTS: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
@@ -182,13 +185,14 @@ def gated_kernel(
     first_token = tl.program_id(0) * TOKENS_TILE
     first = tl.program_id(1) * HALF_TILE
     out_F = first + tl.arange(0, HALF_TILE)
-    if DEPENDENT:
-        cuda.gdc_launch_dependents()
-        if PREFETCH:
-            row_F = tl.minimum(out_F, half - 1).to(tl.int64)
-            prefetch_rows(weight_at + row_F * inputs, PREFETCH)
-            prefetch_rows(weight_at + (row_F + half) * inputs, PREFETCH)
-        cuda.gdc_wait()
+    token_T = first_token + tl.arange(0, TOKENS_TILE)
+    if DEPENDENT and PREFETCH:
+        row_F = tl.minimum(out_F, half - 1).to(tl.int64)
+        prefetch_rows(weight_at + row_F * inputs, PREFETCH)
+        prefetch_rows(weight_at + (row_F + half) * inputs, PREFETCH)
+    follow(DEPENDENT)
+    if NORMED:
+        square_PT = load_squares(squares_PT, parts, tokens, token_T, PARTS)
     gate_FT = tl.zeros((HALF_TILE, TOKENS_TILE), tl.float32)
     up_FT = tl.zeros((HALF_TILE, TOKENS_TILE), tl.float32)
     for start in tl.range(0, inputs, IN_TILE):
@@ -197,10 +201,8 @@ def gated_kernel(
         x_IT = x_TI.load([first_token, start]).T
         gate_FT = tl.dot(gate_FI, x_IT, gate_FT, input_precision="ieee")
         up_FT = tl.dot(up_FI, x_IT, up_FT, input_precision="ieee")
-    token_T = first_token + tl.arange(0, TOKENS_TILE)
     if NORMED:
-        stride = tl.num_programs(0) * TOKENS_TILE
-        inverse_T = inverse_rms(squares_PT, parts, stride, token_T, inputs, eps, TOKENS_TILE)
+        inverse_T = tl.rsqrt(tl.sum(square_PT, axis=0) / inputs + eps)
         gate_FT *= inverse_T[None, :]
         up_FT *= inverse_T[None, :]
     if BIAS:
@@ -216,17 +218,28 @@ def gated_kernel(
 
 @dataclass(frozen=True, slots=True)
 class LinearTiles:
-    """How a map is cut up. out_tile rows of the weights at a time, of a gated map half of them from each half."""
+    """How a map is cut up. out_tile rows of the weights at a time, of a gated map half of them from each half; at most
+    token_tile tokens."""
 
     out_tile: int
     in_tile: int
     split: int
     num_stages: int
+    token_tile: int = LARGEST_TILE
     num_warps: int = 4
 
+    def tokens(self, tokens: int) -> int:
+        """Columns of a program's product: a power of two."""
+        return min(self.token_tile, token_class(tokens))
+
+    def share(self, inputs: int) -> int:
+        """Inputs of a program."""
+        return triton.cdiv(triton.cdiv(inputs, self.in_tile), self.split) * self.in_tile
+
     def fits(self, tokens: int) -> bool:
-        """Whether a program's tiles fit its shared memory."""
-        return self.num_stages * (self.out_tile + tokens_tile(tokens)) * self.in_tile * _ITEM <= SHARED_BYTES
+        """Whether a program's tiles fit its shared memory, and the tokens are more than a smaller tile of them."""
+        in_shared = self.num_stages * (self.out_tile + self.tokens(tokens)) * self.in_tile * _ITEM <= SHARED_BYTES
+        return in_shared and (self.token_tile == LARGEST_TILE or self.token_tile < tokens)
 
 
 CANDIDATES: tuple[LinearTiles, ...] = (
@@ -237,19 +250,24 @@ CANDIDATES: tuple[LinearTiles, ...] = (
     LinearTiles(128, 128, 4, 3),
     LinearTiles(64, 64, 1, 4),
     LinearTiles(64, 64, 3, 4),
+    LinearTiles(64, 64, 1, 5, 64),
+    LinearTiles(64, 64, 1, 5, 32),
+    LinearTiles(64, 128, 2, 4, 64),
 )
 GATED_CANDIDATES: tuple[LinearTiles, ...] = (
     LinearTiles(128, 128, 1, 4),
     LinearTiles(128, 128, 1, 3),
     LinearTiles(64, 128, 1, 4),
     LinearTiles(64, 64, 1, 4),
+    LinearTiles(64, 64, 1, 5, 64),
+    LinearTiles(128, 64, 1, 4, 64),
 )
 ALL_CANDIDATES = {*CANDIDATES, *GATED_CANDIDATES}
 
 
-def tokens_tile(tokens: int) -> int:
-    """Columns of a program's product: a power of two."""
-    return min(LARGEST_TILE, max(16, triton.next_power_of_2(tokens)))
+def token_class(tokens: int) -> int:
+    """Numbers of tokens that share their choice of kernels: up to this power of two."""
+    return max(16, triton.next_power_of_2(tokens))
 
 
 def runs(weight_OI: Tensor, tokens: int) -> bool:
@@ -263,12 +281,12 @@ def candidates(*, gated: bool, tokens: int) -> Sequence[LinearTiles]:
     return [tiles for tiles in (GATED_CANDIDATES if gated else CANDIDATES) if tiles.fits(tokens)]
 
 
-def _options(x_TI: Tensor, tiles: LinearTiles) -> dict[str, Any]:
-    tokens, inputs = x_TI.shape
-    share = triton.cdiv(triton.cdiv(inputs, tiles.in_tile), tiles.split) * tiles.in_tile
-    in_rows = (tiles.split - 1) * share * _ITEM + PREFETCH_BYTES <= inputs * _ITEM
+def _options(x: Normed, tiles: LinearTiles) -> dict[str, Any]:
+    tokens, inputs = x.x_TH.shape
+    in_rows = (tiles.split - 1) * tiles.share(inputs) * _ITEM + PREFETCH_BYTES <= inputs * _ITEM
     return {
-        "TOKENS_TILE": tokens_tile(tokens),
+        "TOKENS_TILE": tiles.tokens(tokens),
+        "PARTS": 1 if x.squares is None else triton.next_power_of_2(len(x.squares)),
         "OUT_TILE": tiles.out_tile,
         "IN_TILE": tiles.in_tile,
         "PREFETCH": PREFETCH_BYTES if in_rows else 0,
@@ -295,14 +313,14 @@ def _launch(
 ) -> Tensor | None:
     """Returns the squares of the residual where it is to be normed."""
     x_TI, (outputs, inputs) = x.x_TH, weight_OI.shape
-    tile = tokens_tile(len(x_TI))
+    tile = tiles.tokens(len(x_TI))
     grid = (triton.cdiv(len(x_TI), tile), triton.cdiv(outputs, tiles.out_tile))
     split = tiles.split if grid[0] * grid[1] <= len(arrived) else 1
     size = grid[0] * grid[1] * split * tiles.out_tile * tile if split > 1 else 0
     partial = torch.empty(size, dtype=torch.float32, device=x_TI.device)
     squares = None
     if norm_O is not None:
-        squares = torch.empty((grid[1], grid[0] * tile), dtype=torch.float32, device=x_TI.device)
+        squares = torch.empty((grid[1], len(x_TI)), dtype=torch.float32, device=x_TI.device)
     linear_kernel[*grid, split](
         _in_tiles(x_TI, tile, tiles),
         _in_tiles(weight_OI, tiles.out_tile, tiles),
@@ -325,7 +343,8 @@ def _launch(
         NORMED=x.squares is not None,
         ADD=residual_TO is not None,
         NORM=norm_O is not None,
-        **_options(x_TI, tiles),
+        EARLY=tiles.share(inputs) >= EARLY_INPUTS,
+        **_options(x, tiles),
     )
     return squares
 
@@ -361,7 +380,7 @@ def gated_linear(x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: Lin
     """silu(gate) * up, [T, I] -> [T, O / 2], of one product whose first half of outputs is gate and second half up."""
     x_TI, inputs, half = x.x_TH, weight_OI.shape[1], weight_OI.shape[0] // 2
     out_TF = torch.empty((len(x_TI), half), dtype=x_TI.dtype, device=x_TI.device)
-    rows, tile = tiles.out_tile // 2, tokens_tile(len(x_TI))
+    rows, tile = tiles.out_tile // 2, tiles.tokens(len(x_TI))
     gated_kernel[triton.cdiv(len(x_TI), tile), triton.cdiv(half, rows)](
         _in_tiles(x_TI, tile, tiles),
         _in_tiles(weight_OI, rows, tiles),
@@ -376,6 +395,6 @@ def gated_linear(x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: Lin
         x.eps,
         BIAS=bias_O is not None,
         NORMED=x.squares is not None,
-        **_options(x_TI, tiles),
+        **_options(x, tiles),
     )
     return out_TF

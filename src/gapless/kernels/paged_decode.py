@@ -10,6 +10,12 @@ costs nothing for lengths that could be, and a long entry among short ones is cu
 How a row is cut depends on the number of entries, on its own length and, in steps of an eighth of a power of two, on
 the mean length. Units are merged in their order, so equal inputs give equal bits.
 Flash-decoding: Dao et al. 2023, https://pytorch.org/blog/flash-decoding/.
+
+Queries come ready, or as the layer's product of queries, keys and values: then every unit norms and rotates the
+queries that it reads, and the last unit of a pair writes the new key and value to the cache before it reads them.
+
+Under dependent launches a program looks up its unit before it waits for the kernel before it: that one must not be
+what wrote the batch's metadata.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
 from gapless.kernels.dependent import dependent_launch, follow
 from gapless.kernels.online_softmax import LOG2_E, fold_tile
 
@@ -90,12 +96,40 @@ def merge_units(
     tl.store(out_at, mean_PD.to(out_END.dtype.element_ty), mask=in_out)
 
 
+@triton.jit
+def rotate_heads(
+    head_at_X: tl.tensor,
+    dim_D: tl.tensor,
+    inside_XD: tl.tensor,
+    norm_at: tl.tensor,
+    angle_at: tl.tensor,
+    eps: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+) -> tl.tensor:
+    """Heads of one token, normed if NORM and rotated, in float32."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    in_dim = dim_D < HEAD_DIM
+    other_D = tl.where(dim_D < HALF, dim_D + HALF, dim_D - HALF)
+    own_XD = tl.load(head_at_X[:, None] + dim_D[None, :], mask=inside_XD, other=0.0).to(tl.float32)
+    other_XD = tl.load(head_at_X[:, None] + other_D[None, :], mask=inside_XD, other=0.0).to(tl.float32)
+    if NORM:
+        inverse_X1 = tl.rsqrt(tl.sum(own_XD * own_XD, axis=1) / HEAD_DIM + eps)[:, None]
+        own_XD *= inverse_X1 * tl.load(norm_at + dim_D, mask=in_dim, other=0.0).to(tl.float32)[None, :]
+        other_XD *= inverse_X1 * tl.load(norm_at + other_D, mask=in_dim, other=0.0).to(tl.float32)[None, :]
+    cos_D = tl.load(angle_at + dim_D % HALF)
+    sin_D = tl.load(angle_at + HALF + dim_D % HALF)
+    return own_XD * cos_D[None, :] + other_XD * tl.where(dim_D < HALF, -sin_D, sin_D)[None, :]
+
+
 @triton.jit(do_not_specialize=["entries", "wanted", "min_span"])
 def decode_kernel(
     q_END: tl.tensor,
     k_BKSD: tl.tensor,
     v_BKSD: tl.tensor,
     out_END: tl.tensor,
+    qk_norm_2D: tl.tensor,
+    rope_PD: tl.tensor,
     partial_UGD: tl.tensor,
     partial_lse_UG: tl.tensor,
     arrived_P: tl.tensor,
@@ -105,6 +139,7 @@ def decode_kernel(
     table_stride: tl.tensor,
     q_stride: tl.tensor,
     scale_log2: tl.tensor,
+    eps: tl.tensor,
     entries: tl.tensor,
     wanted: tl.tensor,
     min_span: tl.tensor,
@@ -118,9 +153,11 @@ def decode_kernel(
     ENTRIES_TILE: tl.constexpr,
     MERGE: tl.constexpr,
     FUSED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    follow(DEPENDENT)
+    """With ROTATE, q_END is the start of a token's queries, keys and values, q_stride numbers to the next token's."""
     unit = tl.program_id(0)
     entry_E = tl.arange(0, ENTRIES_TILE)
     row_E = tl.load(rows_E + entry_E, mask=entry_E < entries, other=0)
@@ -141,17 +178,35 @@ def decode_kernel(
     begin = nth * tiles // units * BLOCK_N
     end = tl.minimum((nth + 1) * tiles // units * BLOCK_N, length)
 
+    BLOCK_STRIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    k_at = k_BKSD + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    v_at = v_BKSD + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    IN_ONE_BLOCK: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+    follow(DEPENDENT)
     group_G = tl.arange(0, GROUP_TILE)
     dim_D = tl.arange(0, DIM_TILE)
     token_N = tl.arange(0, BLOCK_N)
     in_group = (group_G[:, None] < GROUP) & (dim_D[None, :] < HEAD_DIM)
     head_G = kv_head * GROUP + group_G
-    q_at = q_END + entry.to(tl.int64) * q_stride + head_G[:, None] * HEAD_DIM + dim_D[None, :]
-    q_GD = tl.load(q_at, mask=in_group, other=0.0)
-    BLOCK_STRIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    k_at = k_BKSD + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    v_at = v_BKSD + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    IN_ONE_BLOCK: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+    q_at_G = q_END + entry.to(tl.int64) * q_stride + head_G * HEAD_DIM
+    if ROTATE:
+        angle_at = rope_PD + (length - 1).to(tl.int64) * HEAD_DIM
+        q_GD = rotate_heads(q_at_G, dim_D, in_group, qk_norm_2D, angle_at, eps, HEAD_DIM, NORM)
+        q_GD = q_GD.to(out_END.dtype.element_ty)
+        if nth == units - 1:
+            in_head = dim_D[None, :] < HEAD_DIM
+            head_1 = KV_HEADS * GROUP + kv_head + tl.arange(0, 1)
+            head_at_1 = q_END + entry.to(tl.int64) * q_stride + head_1 * HEAD_DIM
+            norm_at = qk_norm_2D + HEAD_DIM
+            k_1D = rotate_heads(head_at_1, dim_D, in_head, norm_at, angle_at, eps, HEAD_DIM, NORM)
+            v_1D = tl.load(head_at_1[:, None] + KV_HEADS * HEAD_DIM + dim_D[None, :], mask=in_head, other=0.0)
+            block = tl.load(table_at + (length - 1) // BLOCK_SIZE).to(tl.int64)
+            new_at = block * BLOCK_STRIDE + (length - 1) % BLOCK_SIZE * HEAD_DIM + dim_D[None, :]
+            tl.store(k_at + new_at, k_1D.to(k_BKSD.dtype.element_ty), mask=in_head)
+            tl.store(v_at + new_at, v_1D, mask=in_head)
+            tl.debug_barrier()  # the tile that holds it is read by other threads than have written it
+    else:
+        q_GD = tl.load(q_at_G[:, None] + dim_D[None, :], mask=in_group, other=0.0)
 
     largest_G = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
     total_G = tl.zeros((GROUP_TILE,), tl.float32)
@@ -270,14 +325,15 @@ class DecodeTiles:
 
 TILES = {
     64: DecodeTiles(block_n=32, min_span=128, programs_per_processor=3, num_warps=1, num_stages=3),
-    128: DecodeTiles(block_n=16, min_span=128, programs_per_processor=4, num_warps=1, num_stages=3),
+    128: DecodeTiles(block_n=32, min_span=128, programs_per_processor=4, num_warps=1, num_stages=4),
     256: DecodeTiles(block_n=16, min_span=128, programs_per_processor=4, num_warps=1, num_stages=2),
 }  # by head size, for bfloat16 and float16: the best on an H100 of those that scripts/gpu_kernels.py --sweep tries
 
 
 def decode_tiles(head_dim: int, itemsize: int, group: int, amd: bool) -> DecodeTiles:
     """A program of one warp waits for no other and ends soon after its last key has come. Four of them on a processor,
-    each with a tile or two of 8 KiB of keys and values on their way to shared memory, keep the memory busy."""
+    each with some tiles of keys and values on their way to shared memory, keep the memory busy. At head size 128 these
+    tiles also take so much of it that no fifth fits, so that all processors get as many."""
     dim_tile = max(64, triton.next_power_of_2(head_dim))
     tiles = TILES[min(dim_tile, 256)]
     if amd:
@@ -302,13 +358,16 @@ def paged_decode(
     multiprocessors: int,
     tiles: DecodeTiles | None = None,
     arrived_P: Tensor | None = None,
+    rotation: HeadRotation | None = None,
 ) -> None:
     """Attention of one query per entry, written to out_END (contiguous). Heads of q are contiguous.
 
+    With a rotation, q_END [E, N + 2K, D] are queries, keys and values as the layer's product gives them, and the
+    new keys and values are written to the cache on the way. Entry and token are one.
     arrived_P: int32 zeros, at least one per pair of entry and key/value head; zeros again when the work is done. Not
     to be shared by streams that run side by side. None makes it, one more kernel.
     """
-    num_entries, num_heads, head_dim = q_END.shape
+    num_entries, num_heads, head_dim = out_END.shape
     num_kv_heads = kv.k_BKSD.shape[1]
     group, pairs = num_heads // num_kv_heads, num_entries * num_kv_heads
     tiles = tiles or decode_tiles(head_dim, kv.k_BKSD.element_size(), group, amd=torch.version.hip is not None)
@@ -327,6 +386,8 @@ def paged_decode(
         kv.k_BKSD,
         kv.v_BKSD,
         out_END,
+        kv.k_BKSD if rotation is None or rotation.qk_norm_2D is None else rotation.qk_norm_2D,
+        lse_UG if rotation is None else rotation.rope_PD,
         partial_UGD,
         lse_UG,
         arrived_P if fused else lse_UG,
@@ -336,6 +397,7 @@ def paged_decode(
         batch.block_table_RC.stride(0),
         q_END.stride(0),
         scale * LOG2_E,
+        0.0 if rotation is None else rotation.eps,
         num_entries,
         wanted,
         tiles.min_span,
@@ -346,6 +408,8 @@ def paged_decode(
         BLOCK_N=tiles.block_n,
         MERGE=merge_step(triton.next_power_of_2(group), dim_tile, tiles.num_warps),
         FUSED=fused,
+        ROTATE=rotation is not None,
+        NORM=rotation is not None and rotation.qk_norm_2D is not None,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
 from gapless.kernels.dependent import dependent_launch, follow
 
 HEADS_PER_PROGRAM = 8
@@ -87,9 +87,7 @@ def rope_append_kernel(
     tl.store(v_BKSD + cache_at + HALF, high, mask=is_v & in_dim)
 
 
-def rope_append(
-    qkv_TM: Tensor, qk_norm_2D: Tensor | None, eps: float, rope_PD: Tensor, kv: LayerKV, batch: AttentionBatch
-) -> Tensor:
+def rope_append(qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch) -> Tensor:
     """See models/layers.py `LayerOps.rope_append`. All inputs are contiguous; the cache has qkv's dtype."""
     num_kv_heads, head_dim = kv.k_BKSD.shape[1], kv.k_BKSD.shape[3]
     num_tokens, all_heads = qkv_TM.shape[0], qkv_TM.shape[1] // head_dim
@@ -100,20 +98,20 @@ def rope_append(
         q_TND,
         kv.k_BKSD,
         kv.v_BKSD,
-        rope_PD if qk_norm_2D is None else qk_norm_2D,
-        rope_PD,
+        rotation.rope_PD if rotation.qk_norm_2D is None else rotation.qk_norm_2D,
+        rotation.rope_PD,
         batch.token_rows_T,
         batch.positions_T,
         batch.block_table_RC,
         batch.block_table_RC.stride(0),
-        eps,
+        rotation.eps,
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=kv.block_size,
         HEADS_TILE=HEADS_PER_PROGRAM,
         HALF_TILE=triton.next_power_of_2(head_dim // 2),
-        NORM=qk_norm_2D is not None,
+        NORM=rotation.qk_norm_2D is not None,
         num_warps=4,
         enable_fp_fusion=True,
         **dependent_launch(),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gapless.attention.base import AttentionBatch, LayerKV, cache_lines, write_lines
-from gapless.kernels.normed import Normed
+from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV, cache_lines, write_lines
+from gapless.kernels.normed import LayerMaps, Normed
 from gapless.models.rope import rotate
 
 PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; other sizes run about as fast
@@ -54,11 +54,8 @@ class LayerOps(Protocol):
         """RMSNorm with these weights."""
         ...
 
-    def rope_append(
-        self, qkv_TM: Tensor, qk_norm_2D: Tensor | None, eps: float, rope_PD: Tensor, kv: LayerKV, batch: AttentionBatch
-    ) -> Tensor:
-        """Split q, k, v; norm the heads of q (weights row 0) and k (row 1) where weights are given; rotate q and k;
-        write k and v to the cache. Returns q, contiguous [T, N, D]."""
+    def rope_append(self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch) -> Tensor:
+        """Split q, k, v; norm and rotate q and k; write k and v to the cache. Returns q, contiguous [T, N, D]."""
         ...
 
     def linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -78,8 +75,7 @@ class LayerOps(Protocol):
     def prepare(
         self,
         head_OI: Tensor,
-        linear: Sequence[Tensor],
-        gated: Sequence[Tensor],
+        layers: LayerMaps,
         sizes: Sequence[int],
         seconds_of: Callable[[Callable[[], object]], float],
     ) -> None:
@@ -108,20 +104,15 @@ class TorchOps:
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
         return Normed(_rms_norm(x_TH, weight_H, eps))
 
-    def rope_append(
-        self, qkv_TM: Tensor, qk_norm_2D: Tensor | None, eps: float, rope_PD: Tensor, kv: LayerKV, batch: AttentionBatch
-    ) -> Tensor:
+    def rope_append(self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch) -> Tensor:
         num_tokens, num_kv_heads, head_dim = qkv_TM.shape[0], kv.k_BKSD.shape[1], kv.k_BKSD.shape[3]
         qkv_TXD = qkv_TM.view(num_tokens, -1, head_dim)
         num_heads = qkv_TXD.shape[1] - 2 * num_kv_heads
         qk_TXD, v_TKD = qkv_TXD[:, :-num_kv_heads], qkv_TXD[:, -num_kv_heads:]
-        if qk_norm_2D is not None:
-            q_TND, k_TKD = qk_TXD[:, :num_heads], qk_TXD[:, num_heads:]
-            qk_TXD = torch.cat(
-                (_rms_norm(q_TND, qk_norm_2D[0], eps), _rms_norm(k_TKD, qk_norm_2D[1], eps)),
-                dim=1,
-            )
-        step = self._constants_of(batch, rope_PD, kv)
+        if rotation.qk_norm_2D is not None:
+            parts = zip((qk_TXD[:, :num_heads], qk_TXD[:, num_heads:]), rotation.qk_norm_2D, strict=True)
+            qk_TXD = torch.cat([_rms_norm(heads, weight_D, rotation.eps) for heads, weight_D in parts], dim=1)
+        step = self._constants_of(batch, rotation.rope_PD, kv)
         qk_TXD = rotate(qk_TXD, step.rope_TD)
         write_lines(qk_TXD[:, num_heads:], kv.k_BKSD, step.lines)
         write_lines(v_TKD, kv.v_BKSD, step.lines)
@@ -150,8 +141,7 @@ class TorchOps:
     def prepare(
         self,
         head_OI: Tensor,
-        linear: Sequence[Tensor],
-        gated: Sequence[Tensor],
+        layers: LayerMaps,
         sizes: Sequence[int],
         seconds_of: Callable[[Callable[[], object]], float],
     ) -> None:

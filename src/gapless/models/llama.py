@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gapless.attention.base import AttentionBackend, AttentionBatch, KVSpec, LayerKV
+from gapless.attention.base import AttentionBackend, AttentionBatch, HeadRotation, KVSpec, LayerKV
 from gapless.config import ModelConfig
 from gapless.errors import CorruptModelError
-from gapless.kernels.normed import Normed
+from gapless.kernels.normed import LayerMaps, Normed
 from gapless.models.layers import LayerOps, Linear, make_ops
 from gapless.models.rope import rope_table
 
@@ -105,8 +105,7 @@ class LlamaModel:
         x = ops.rms_norm(residual_TH, layers[0].input_norm_H, self._eps)
         for layer, following, layer_kv in zip(layers, [*layers[1:], None], kv, strict=True):
             qkv_TM = ops.linear(x, *layer.qkv.weights)
-            q_TND = ops.rope_append(qkv_TM, layer.qk_norm_2D, self._eps, self._rope_PD, layer_kv, batch)
-            seen_TI = self._attention.attend(q_TND, layer_kv, batch, self._scale).flatten(1)
+            seen_TI = self._attend(qkv_TM, layer, layer_kv, batch)
             x = ops.add_linear(seen_TI, *layer.output.weights, residual_TH, layer.post_norm_H, self._eps)
             gated_TF = ops.gated_linear(x, *layer.gate_up.weights)
             if following is None:
@@ -114,16 +113,26 @@ class LlamaModel:
             x = ops.add_linear(gated_TF, *layer.down.weights, residual_TH, following.input_norm_H, self._eps)
         return residual_TH
 
+    def _attend(self, qkv_TM: Tensor, layer: LlamaLayer, kv: LayerKV, batch: AttentionBatch) -> Tensor:
+        rotation = HeadRotation(layer.qk_norm_2D, self._eps, self._rope_PD)
+        seen_TND = self._attention.rotate_and_attend(qkv_TM, rotation, kv, batch, self._scale)
+        if seen_TND is None:
+            q_TND = self._ops.rope_append(qkv_TM, rotation, kv, batch)
+            seen_TND = self._attention.attend(q_TND, kv, batch, self._scale)
+        return seen_TND.flatten(1)
+
     def logits(self, hidden_EH: Tensor) -> Tensor:
         x = self._ops.rms_norm(hidden_EH, self.weights.norm_H, self._eps)
         return self._ops.linear(x, *self.weights.head.weights)
 
     def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
-        linear: list[Tensor] = []
-        for layer in self.weights.layers:
-            linear += [layer.qkv.weight_OI, layer.output.weight_OI, layer.down.weight_OI]
-        gated = [layer.gate_up.weight_OI for layer in self.weights.layers]
-        self._ops.prepare(self.weights.head.weight_OI, linear, gated, batch_sizes, seconds_of)
+        layers = self.weights.layers
+        maps = LayerMaps(
+            plain=[*(layer.qkv.weight_OI for layer in layers), layers[-1].down.weight_OI],  # no norm follows the last
+            gated=[layer.gate_up.weight_OI for layer in layers],
+            added=[weight for layer in layers for weight in (layer.output.weight_OI, layer.down.weight_OI)],
+        )
+        self._ops.prepare(self.weights.head.weight_OI, maps, batch_sizes, seconds_of)
 
 
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
