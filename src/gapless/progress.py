@@ -23,13 +23,23 @@ def _width() -> int | None:
 
 
 class Progress:
-    """Does nothing unless `show`; None shows it when stderr is a terminal. `total` None: not known."""
+    """Does nothing unless `show`; None shows it when stderr is a terminal. `total` None: not known.
 
-    def __init__(self, total: int | None, show: bool | None) -> None:
+    done  requests of the total that were done before
+    """
+
+    def __init__(self, total: int | None, show: bool | None, done: int = 0) -> None:
         if show is None:
             show = sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total, unit="request", file=sys.stderr, ncols=_width(), dynamic_ncols=not _width())
+            tqdm(
+                total=total,
+                initial=done,
+                unit=" request",
+                file=sys.stderr,
+                ncols=_width(),
+                dynamic_ncols=not _width(),
+            )
             if show
             else None
         )
@@ -52,10 +62,15 @@ class Progress:
             return
         self._tokens += tokens
         now = time.perf_counter()
-        self._bar.update(finished)
+        self.count(finished)
         if now - self._shown >= _REFRESH_SECONDS:
             self._shown = now
             self._show(running)
+
+    def count(self, finished: int) -> None:
+        """Book requests that are done."""
+        if self._bar is not None:
+            self._bar.update(finished)
 
     def _show(self, running: int) -> None:
         assert self._bar is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gapless.bench.environment import GPU_FACTS, commit, environment, header, parse_gpu_facts
+from gapless.bench.environment import GPU_FACTS, commit, environment, parse_gpu_facts, quoted_with
 
 
 def test_a_file_outside_of_git_has_no_commit(tmp_path: Path):
@@ -45,10 +45,9 @@ def test_the_facts_of_nvidia_smi_have_names():
     assert facts["driver_version"] == "580.159.04"
 
 
-def test_the_header_tells_device_versions_and_command():
+def test_a_figure_is_quoted_with_device_versions_and_command():
     facts = environment("the device", torch.device("cpu"))
-    title, device, command = header("a title", facts).splitlines()
-    assert title == "a title"
+    device, command = quoted_with(facts).splitlines()
     assert device.startswith("the device, ")
     assert f"torch {torch.__version__}" in device
     assert command == "$ " + facts["command"]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gapless.bench.predict import predict
-from gapless.cli.main import app
+from gapless.cli.program import app
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -169,30 +170,44 @@ def test_work_that_grows_with_the_steps_is_found():
     assert report.calls_after >= report.calls_before + 8 * STEADY_STEPS
 
 
-def test_growth_is_scaled_only_from_a_run_that_is_long_enough():
+def test_growth_is_told_only_of_a_run_that_is_long_enough():
     window = Window(1.0, 1.0, 1.0, 10, 20, 0, 0, 0, 0)
     windows = [window, replace(window, objects=13)]
-    for size, scaled in [
-        (9_999, "too short a run to tell"),
-        (10_000, "+30 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes"),
-    ]:
-        assert Readings(window_steps=size, windows=windows).growth_text().splitlines() == [
-            "growth, last quarter over first: +3 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes",
-            f"growth per 100,000 steps: {scaled}",
-        ]
+    assert Readings(window_steps=9_999, windows=windows).growth_text() == (
+        "growth: too short a run to tell, below 20,000 steps"
+    )
+    assert Readings(window_steps=10_000, windows=windows).growth_text().splitlines() == [
+        "growth, last quarter over first: +3 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes",
+        "growth per 100,000 steps: +30 objects, +0 blocks, +0 tensor bytes, +0 pinned bytes",
+    ]
+
+
+def test_every_window_is_told_as_it_comes():
+    told: list[tuple[int, Window]] = []
+    soak = Soak.build(rows=4, lookahead=1)
+    seen: list[int] = []
+
+    def tell(done: int, window: Window) -> None:
+        told.append((done, window))
+        seen.append(soak.loop.scheduler.stats.steps)
+
+    report = soak.run(40, windows=4, each=tell)
+    assert told == [(10 * number, window) for number, window in enumerate(report.windows, 1)]
+    assert [after - before for before, after in pairwise(seen)] == [10, 10, 10]
 
 
 # ------------------------------------------------------------------------ the command
 
 
-def test_the_command_prints_every_window_and_one_line_of_growth(capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_every_window_within_80_columns(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main(["bench", "soak", "--steps", "200", "--rows", "2", "--lookahead", "2", "--json"])
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
+    assert len(lines[0]) <= 80
     assert [line.split()[0] for line in lines[1:21]] == [str(10 * number) for number in range(1, 21)]
-    assert sum(line.startswith("growth, last quarter over first: +") for line in lines) == 1
-    assert sum(line.startswith("growth per 100,000 steps: too short a run to tell") for line in lines) == 1
+    growth = [line.split("; ")[0] for line in lines if line.startswith("growth")]
+    assert growth == ["growth: too short a run to tell, below 20,000 steps"]
     summary = json.loads(lines[-1])
     assert (summary["steps"], summary["rows"], summary["lookahead"]) == (200, 2, 2)
     assert len(summary["windows"]) == 20

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import typer
 
 from cli.conftest import Ran
+from gapless.cli.command import join_lines
 from gapless.cli.options import parse_size
 
 Gapless = Callable[..., Ran]
@@ -127,10 +129,11 @@ def test_the_command_line_goes_over_the_environment_over_the_file_over_the_defau
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("max_tokns: 3\n", "did you mean 'max_tokens'"),
+        ("max_tokns: 3\n", "did you mean 'max-tokens'"),
         ("[1, 2]\n", "must hold"),
         ("a: [\n", "not valid YAML, line"),
-        ("max_tokens: many\n", "--max-tokens"),
+        ("max_tokens: many\n", "options.yaml: max-tokens: 'many'"),
+        ("max-model-len: many\n", "options.yaml: max-model-len: 'many' is not a size such"),
         ("temperature: .nan\n", "finite"),
     ],
 )
@@ -142,16 +145,31 @@ def test_a_wrong_config_file_ends_with_status_2(gapless: Gapless, tmp_path: Path
     assert said in ran.err
 
 
+def test_a_wrong_value_is_blamed_on_the_environment_or_the_option_it_came_from(
+    gapless: Gapless, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GAPLESS_MAX_TOKENS", "abc")
+    for command in (["generate", "abc"], ["chat"]):
+        ran = gapless(*command)
+        assert ran.status == 2
+        assert re.fullmatch("gapless: error: GAPLESS_MAX_TOKENS: 'abc'.* valid integer.*\n", ran.err)
+    ran = gapless("generate", "--max-tokens", "abd", "abc")
+    assert ran.status == 2
+    assert "--max-tokens" in ran.err
+    assert "GAPLESS" not in ran.err
+
+
 def test_a_missing_config_file_ends_with_status_2(gapless: Gapless, tmp_path: Path):
     ran = gapless("chat", "--config", str(tmp_path / "none.yaml"))
     assert ran.status == 2
     assert "can not be read" in ran.err
 
 
-def test_chat_reads_turns_from_a_pipe(spawn: Spawn, model: Path):
+@pytest.mark.parametrize("leave", ["/exit", "/quit"])
+def test_chat_reads_turns_from_a_pipe(spawn: Spawn, model: Path, leave: str):
     argv = ["chat", "--model", str(model), "--load", "random", "--device", "cpu", "--kv-cache-memory", "8M"]
     process = spawn([*argv, "--temperature", "0", "--max-tokens", "5", "--max-model-len", "64"])
-    turns = ["abc", "", "/help", "/nonsense", "/reset", "abc", "a" * 80, "/exit", "never read"]
+    turns = ["abc", "", "/help", "/nonsense", "/reset", "abc", "a" * 80, leave, "never read"]
     out, err = process.communicate("\n".join(turns) + "\n", timeout=60)
     assert process.returncode == 0, err
     lines = out.splitlines()
@@ -173,7 +191,7 @@ def test_env_tells_versions_devices_and_folders(gapless: Gapless):
     assert any(device.startswith("cpu") for device in facts["devices"])
     assert Path(facts["hub_cache"]).is_absolute()
     shown = gapless("env").out
-    assert "torch" in shown
+    assert f"                 torch {facts['packages']['torch']}\n" in shown
     assert f"model cache      {facts['model_cache']}\n" in shown
 
 
@@ -185,6 +203,47 @@ def test_env_tells_the_hub_folder_that_was_chosen(gapless: Gapless, monkeypatch:
 def test_the_help_shows_what_a_size_looks_like(gapless: Gapless):
     shown = gapless("generate", "--help").out
     assert all(size in shown for size in ("2G", "512M", "32K", "(32768)"))
+
+
+def test_the_help_is_as_wide_as_the_terminal_and_leaves_examples_alone():
+    text = """First line.
+
+    A paragraph
+    of two lines: read
+    --this and `that`.
+    {"id": "an example"}
+
+    gapless one
+    gapless two
+    """
+    assert join_lines(text).splitlines() == [
+        "First line.",
+        "",
+        "A paragraph of two lines: read --this and `that`.",
+        '{"id": "an example"}',
+        "",
+        "gapless one",
+        "gapless two",
+    ]
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(spawn: Spawn):
+    process = spawn(["generate", "good", os.fsdecode(b"bad \xff bytes")])
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (2, "", "gapless: error: prompt 2 is not UTF-8\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed: str):
+    command = f"exec {sys.executable} -m gapless env {closed}"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("python") == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_an_error_keeps_its_status_where_nobody_reads_it():
+    command = f"exec {sys.executable} -m gapless generate 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60, check=False).returncode == 2
 
 
 def test_version_and_help(gapless: Gapless):

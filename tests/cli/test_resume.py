@@ -63,12 +63,16 @@ def test_a_resumed_output_ends_as_an_uninterrupted_one(
 ):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     ran = gapless(*command, str(whole))
-    assert (ran.status, ran.err.splitlines()[-1]) == (1, "gapless: 4 of 12 lines failed")
+    assert (ran.status, ran.err.splitlines()[-1]) == (1, f"gapless: 8 of 12 lines answered, 4 failed, in {whole}")
     text = whole.read_bytes().splitlines(keepends=True)
     assert len({tuple(record.get("token_ids", ())) for record in records(whole).values()}) == 9
     cut.write_bytes(b"".join(text[:lines]) + b"".join(text[lines:])[:20])
     ran = gapless(*command, str(cut), "--resume")
-    assert (ran.status, ran.err.splitlines()[-1]) == (1, "gapless: 4 of 12 lines failed")
+    added = "nothing to add: " if lines == 12 else ""
+    assert (ran.status, ran.err.splitlines()[-1]) == (
+        1,
+        f"gapless: {added}8 of 12 lines answered, 4 failed, in {cut}",
+    )
     assert ("is broken off: it is dropped" in ran.err) == (lines < 12)
     assert cut.read_bytes().startswith(b"".join(text[:lines]))
     assert records(cut) == records(whole)
@@ -112,8 +116,8 @@ def test_wherever_an_output_is_cut_its_whole_lines_are_kept(tmp_path: Path):
         target.write_bytes(text[:length])
         kept = read_kept(target)
         assert kept.size == (0 if length < first else first if length < len(text) else len(text))
-        assert kept.indexes == ({4, 1} if kept.size > first else {4} if kept.size else set())
-        assert (kept.failed, kept.lines) == ((1, 5) if kept.size else (0, 0))
+        assert set(kept.ids) == ({4, 1} if kept.size > first else {4} if kept.size else set())
+        assert (kept.failed, kept.lines) == (({4}, 5) if kept.size else (set(), 0))
 
 
 def test_resume_needs_files(gapless: Gapless, command: list[str], source: Path, tmp_path: Path):
@@ -151,7 +155,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(gapless: Gapless, options
     assert gapless(*argv).status == 2
     assert target.read_bytes() == before
     ran = gapless(*argv, "--resume")
-    assert (ran.status, ran.err) == (0, "")
+    assert (ran.status, ran.err) == (0, f"gapless: 1500 of 1500 lines answered, in {target}\n")
     assert target.read_bytes().startswith(before)
     assert [len(record["token_ids"]) for _, record in sorted(records(target).items())] == [
         line["max_tokens"] for line in lines
@@ -168,9 +172,76 @@ def test_a_terminal_shows_how_far_the_answers_are(options: list[str], source: Pa
     os.close(theirs)
     seen = b""
     try:
-        while b"lines failed" not in seen:
+        while b"4 failed, in" not in seen:
             seen += os.read(ours, 4096)
     finally:
         process.wait(timeout=60)
         os.close(ours)
-    assert re.search(rb"\r8request \[.*tokens/s, 0 running\]", seen)
+    assert re.search(rb"\r100%.* 12/12 \[.* request/s, \d+ tokens/s, 0 running\]", seen)
+
+
+def test_a_terminal_shows_no_bar_where_there_is_nothing_to_add(options: list[str], tmp_path: Path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc"}\n')
+    target.write_text('{"index": 0, "error": "x"}\n')
+    ours, theirs = pty.openpty()
+    process = spawned(["generate", *options, "--input", str(source), "--output", str(target), "--resume"], theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while b"1 failed, in" not in seen:
+            seen += os.read(ours, 4096)
+    finally:
+        process.wait(timeout=60)
+        os.close(ours)
+    first, second = seen.split(b"\r\n")[:2]
+    assert first.startswith(b"gapless: loading")
+    assert second.startswith(b"gapless: nothing to add: 0 of 1 lines answered, 1 failed, in ")
+
+
+@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize(
+    ("line", "answer", "said"),
+    [
+        ('{"id": "a", "prompt": "abc"}', '{"index": 1, "id": "b", "token_ids": []}', "has the id 'a', its answer"),
+        ('{"id": "a", "prompt": "abc"}', '{"index": 1, "token_ids": []}', "has the id 'a', its answer"),
+        ('{"prompt": "abc"}', '{"index": 1, "id": "b", "error": "x"}', "in the output has 'b'"),
+        ('{"id": 7, "prompt": 5}', '{"index": 1, "id": 8, "error": "x"}', "has the id 7, its answer"),
+        ("bad", '{"index": 1, "token_ids": []}', "is no request, but the output has an answer"),
+        ('{"id": 1, "tempratur": 0}', '{"index": 1, "id": 1, "token_ids": []}', "is no request"),
+    ],
+)
+def test_answers_to_another_input_are_not_mixed_with_those_to_this_one(
+    options: list[str], tmp_path: Path, line: str, answer: str, said: str, piped: bool
+):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc"}\n\n' + line + "\n")
+    target.write_text(answer + "\n")
+    argv = ["generate", *options, "--input", "-" if piped else str(source), "--output", str(target), "--resume"]
+    with source.open() as stdin:
+        ran = subprocess.run(
+            [sys.executable, "-m", "gapless", *argv], stdin=stdin, capture_output=True, text=True, check=False
+        )
+    assert ran.returncode == 2
+    assert "line 3 of the input" in ran.stderr
+    assert said in ran.stderr
+    assert target.read_text() == answer + "\n"
+
+
+def test_another_input_is_refused_before_a_model_is_loaded(gapless: Gapless, tmp_path: Path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc", "id": 1}\n')
+    target.write_text('{"index": 0, "id": 2, "error": "x"}\n')
+    argv = ["--model", "./no-model", "--input", str(source), "--output", str(target), "--resume"]
+    ran = gapless("generate", *argv)
+    assert ran.status == 2
+    assert "has the id 1, its answer in the output has 2" in ran.err
+
+
+def test_an_output_with_more_answers_than_the_input_has_lines_is_not_resumed(gapless: Gapless, tmp_path: Path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "abc"}\n')
+    target.write_text('{"index": 1, "error": "x"}\n')
+    ran = gapless("generate", "--input", str(source), "--output", str(target), "--resume")
+    assert ran.status == 2
+    assert "answers to 2 lines or more, the input has 1" in ran.err

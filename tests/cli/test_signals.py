@@ -93,6 +93,34 @@ def test_a_chat_ends_on_sigterm_while_it_answers_and_while_it_waits(model: Path,
     assert (process.returncode, err) == (143, b"")
 
 
+# The first one comes while the engine runs, the second one while the interpreter takes the modules apart.
+INTERRUPTS_ITSELF_TWICE = """
+import os, signal, sys, threading
+from gapless.cli.main import main
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+
+def watch():
+    looks = threading.Event()
+    while not any(each.name == 'gapless-engine' for each in threading.enumerate()):
+        looks.wait(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+late = Late()
+threading.Thread(target=watch, daemon=True).start()
+main(sys.argv[1:])
+"""
+
+
+def test_a_second_interrupt_does_not_change_how_an_interrupted_program_ends(options: list[str]):
+    argv = ["generate", *options, "--ignore-eos", "--max-tokens", "60000", "abc"]
+    command = [sys.executable, "-c", INTERRUPTS_ITSELF_TWICE, *argv]
+    ended = subprocess.run(command, capture_output=True, timeout=120, stdin=subprocess.DEVNULL, check=False)
+    assert ended.returncode == 130, ended.stderr
+
+
 SLOW_TO_END = """
 import signal
 from gapless.cli.signals import sigterm_leaves

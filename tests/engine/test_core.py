@@ -132,11 +132,11 @@ class Bell(threading.Event):
 class WatchedEngine(Engine):
     """Its bell is watched, and a request can come in at the moment at which the inbox was found empty."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: Model | None = None) -> None:
         self.bell = Bell()
         self.inbox = Inbox(self)
         self.set_up = threading.Event()
-        cpu, model = torch.device("cpu"), HashModel()
+        cpu, model = torch.device("cpu"), model or HashModel()
         loop, limits = build_loop(model, config, CpuDevice(), make_sampler(cpu), torch.float32)
         super().__init__(loop, Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed))
         self.set_up.wait()
@@ -148,9 +148,16 @@ class WatchedEngine(Engine):
 
 
 class Inbox(queue.SimpleQueue[Any]):
-    def __init__(self, engine: Engine) -> None:
+    """Remembers whether the bell had been rung when something was put in."""
+
+    def __init__(self, engine: WatchedEngine) -> None:
         self._engine = engine
         self.late: list[Request] = []
+        self.rung: list[bool] = []
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        self.rung.append(self._engine.bell.is_set())
+        super().put(item, block, timeout)
 
     def empty(self) -> bool:
         found = super().empty()
@@ -177,6 +184,21 @@ def test_a_request_that_comes_when_the_inbox_was_just_found_empty_is_not_slept_t
     engine.submit([first])
     tokens, _ = collect(engine, [first, late])
     assert tokens[late.request_id] == expected_tokens([2], 21, [])
+    engine.close()
+
+
+def test_the_bell_rings_once_everything_is_in_the_inbox():
+    """Rung before, it could be heard and the inbox found empty: then what comes would be slept through."""
+    model = GatedModel()
+    engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"), model)
+    requests = [engine.make_request([n], GREEDY) for n in (1, 2)]
+    engine.submit(requests)
+    assert model.entered.wait(30)  # the bell was heard
+    engine.cancel([request.request_id for request in requests])
+    model.gate.set()
+    _, ends = collect(engine, requests)
+    assert {end.reason for end in ends.values()} == {FinishReason.CANCELLED}
+    assert engine.inbox.rung == [False] * 4
     engine.close()
 
 
@@ -345,7 +367,7 @@ def test_closing_ends_unfinished_requests_with_an_error_and_may_be_repeated():
         engine.submit([request])
 
 
-def test_the_busy_share_counts_compute_and_not_waiting(engine: Engine):
+def test_the_stats_count_tokens_and_the_time_that_the_device_is_busy(engine: Engine):
     requests = [engine.make_request([n], GREEDY) for n in range(8)]
     engine.submit(requests)
     collect(engine, requests)

@@ -213,6 +213,27 @@ def test_an_interrupted_process_with_a_hung_device_ends_without_waiting_for_it()
             child.communicate()
 
 
+def test_a_close_that_is_interrupted_leaves_an_engine_that_can_be_waited_for(stuck: StuckModel):
+    """Or the interpreter would end while the engine's thread is inside torch, which aborts the process."""
+    others = set(threading.enumerate())
+    engine = make_engine(stuck)
+    [thread] = [each for each in set(threading.enumerate()) - others if each.name == "gapless-engine"]
+    engine.submit([engine.make_request([1], GREEDY)])
+    assert stuck.stands.wait(30)
+
+    def interrupt() -> None:
+        eventually(lambda: not engine.alive)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert thread.is_alive()
+    stuck.gate.set()
+    engine.close()
+    assert not thread.is_alive()
+
+
 def test_an_idle_engine_does_not_stall():
     engine = make_engine(stall_seconds=1e-9)
     for _ in range(100):

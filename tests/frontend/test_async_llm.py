@@ -151,6 +151,7 @@ def test_a_dying_engine_ends_every_iterator_with_an_error_and_a_new_one_works(lo
                     pass
             with pytest.raises(EngineDeadError, match="the model tripped"):
                 llm.generate(prompt_of(0), GREEDY)
+            assert llm.num_open == 0
         async with AsyncLLM.from_loaded(tiny_engine(lookahead=lookahead)) as fresh:
             assert (await last(fresh, prompt_of(1))).outputs[0].token_ids == answer(prompt_of(1), 20)
 

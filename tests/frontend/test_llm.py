@@ -144,6 +144,36 @@ def test_a_long_list_of_work_is_drawn_only_as_room_comes_up(llm: LLM):
     assert most <= 5 + 8  # results of the same step as the one that made room are handed out one by one
 
 
+def test_a_prepared_request_runs_once_and_only_where_it_was_prepared(llm: LLM):
+    with LLM.from_loaded(tiny_engine()) as other:
+        used, open_twice = llm.prepare(PROMPTS[0], GREEDY), llm.prepare(PROMPTS[1], GREEDY)
+        foreign = other.prepare(PROMPTS[2], GREEDY)
+        assert len(list(llm.run([used]))) == 1
+        steps = llm.stats().scheduler.steps
+        for wrong in ([used], [open_twice, open_twice], [foreign], [llm.prepare(PROMPTS[2], GREEDY), foreign]):
+            with pytest.raises(InvalidRequestError, match="Call prepare"):
+                list(llm.run(wrong))
+        assert llm.stats().scheduler.steps == steps
+        assert llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].token_ids == answer(PROMPTS[0], 20)
+
+
+def test_a_request_that_is_given_again_while_it_runs_cancels_that_run_and_no_other(llm: LLM):
+    waiting: list[list[int]] = []
+    others = threading.Thread(target=lambda: waiting.append(llm.generate(PROMPTS[3], GREEDY)[0].outputs[0].token_ids))
+    prepared = llm.prepare(PROMPTS[0], LONG)
+
+    def source() -> Iterator[Prepared | None]:
+        yield prepared
+        yield None
+        others.start()
+        yield prepared
+
+    with pytest.raises(InvalidRequestError, match="given to run"):
+        list(llm.run(source()))
+    others.join()
+    assert waiting == [answer(PROMPTS[3], 20)]
+
+
 def test_leaving_a_stream_cancels_the_rest_and_frees_its_blocks():
     with LLM.from_loaded(tiny_engine()) as llm:
         for delta in llm.stream(PROMPTS[:4], LONG):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from frontend.tiny import answer, tiny_engine
-from gapless import LLM, SamplingParams
+from gapless import LLM, SamplingParams, turns
 from gapless.errors import InvalidRequestError
 from gapless.turns import TurnLine
 from support.waiting import eventually
@@ -123,6 +123,31 @@ def test_whoever_is_interrupted_in_the_line_leaves_it():
         started(wait_in_vain).join(30)
         assert len(line) == 1
     assert len(line) == 0
+
+
+def test_the_turn_passes_at_once_though_the_next_in_line_was_not_the_first_to_fall_asleep(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    line, order, asleep = TurnLine(), list[int](), list[int]()
+    monkeypatch.setattr(turns, "LOOK_SECONDS", 0.001)
+
+    def wait(place: int) -> None:
+        def look() -> None:
+            if place == 3:  # the last in line falls asleep first, the others after their next look
+                monkeypatch.setattr(turns, "LOOK_SECONDS", 3600.0)
+            if turns.LOOK_SECONDS == 3600.0:
+                asleep.append(place)
+
+        with line.turn(look):
+            order.append(place)
+
+    with line.turn(lambda: None):
+        for place in (1, 2, 3):
+            threading.Thread(target=wait, args=(place,), daemon=True).start()
+            eventually(lambda place=place: len(line) == place + 1)
+        eventually(lambda: len(asleep) == 3)
+        assert asleep[0] == 3
+    eventually(lambda: order == [1, 2, 3])
 
 
 @pytest.mark.parametrize("left_unread", [True, False])

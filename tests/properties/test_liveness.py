@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from types import FrameType
 
 import numpy as np
 import pytest
+import torch
 
 from gapless.bench.host import steady_loop
+from gapless.bench.tiny_model import TinyModel
 from gapless.config import EngineConfig
+from gapless.device.null import NullDevice
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.build import build_loop
+from gapless.engine.loop import Loop
 from gapless.request import SamplingParams
 from gapless.rows import RowState
+from gapless.sampling import make_sampler
 from support.harness import Harness
 from support.sim.rig import run
 from support.sim.schedule import Move, Schedule
@@ -91,6 +100,70 @@ def test_the_work_of_a_step_grows_neither_with_the_waiting_queue_nor_with_the_co
     assert base > 20
     assert calls_per_step(queue=10_000, context=32) == base
     assert calls_per_step(queue=0, context=2048) == base
+
+
+def busy_loop(queue: int, *, rows: int, blocks: int, prompt: int, max_tokens: int) -> Loop:
+    """Rows of 16-token blocks on a device that does nothing, and `queue` requests of this size in front of them."""
+    model = TinyModel()
+    config = EngineConfig(
+        lookahead=1, max_rows=rows, max_batch_tokens=256, max_model_len=256, num_blocks=blocks, device="cpu"
+    )
+    sampler = make_sampler(torch.device("cpu"))
+    loop, limits = build_loop(model, config, NullDevice(), sampler, torch.float32)
+    admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 0)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    for _ in range(queue):
+        loop.scheduler.add(admission.make_request([0] * prompt, params))
+    return loop
+
+
+def cost_of(loop: Loop, steps: int) -> tuple[int, int]:
+    """Calls of these steps, and the most bytes that were allocated during one: a copy of the queue is one call."""
+    calls, most = 0, 0
+
+    def profile(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for _ in range(steps):
+        tracemalloc.start()
+        sys.setprofile(profile)
+        try:
+            loop.step()
+            most = max(most, tracemalloc.get_traced_memory()[1])
+        finally:
+            sys.setprofile(None)
+            tracemalloc.stop()
+    return calls, most
+
+
+def admitting_and_ending(queue: int) -> tuple[int, int]:
+    """Every other step takes four requests from the queue, and every other one ends them."""
+    loop = busy_loop(queue, rows=4, blocks=64, prompt=3, max_tokens=1)
+    for _ in range(5):
+        loop.step()
+    waiting = loop.scheduler.queue_length
+    cost = cost_of(loop, 8)
+    assert waiting - loop.scheduler.queue_length >= 12
+    return cost
+
+
+def short_of_blocks(queue: int) -> tuple[int, int]:
+    """One request runs, and the oldest of those that wait does not fit beside it, though rows are free."""
+    loop = busy_loop(queue, rows=4, blocks=14, prompt=100, max_tokens=60)
+    for _ in range(20):
+        loop.step()
+    cost = cost_of(loop, 8)
+    assert (loop.scheduler.num_running, loop.scheduler.queue_length) == (1, queue - 1)
+    return cost
+
+
+@pytest.mark.parametrize("measure", [admitting_and_ending, short_of_blocks])
+def test_a_step_that_looks_at_the_queue_takes_no_more_of_a_long_one(measure: Callable[[int], tuple[int, int]]):
+    calls, most = measure(100)
+    long_calls, long_most = measure(50_000)
+    assert long_calls == calls > 100
+    assert abs(long_most - most) < 50_000
 
 
 def cpu_time_of_a_step(queue: int, context: int) -> int:

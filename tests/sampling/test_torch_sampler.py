@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapless.errors import InternalError
-from gapless.sampling import SamplingTables, TorchSampler, make_sampler, seed_words
+from gapless.sampling import SamplingTables, TorchSampler, make_sampler, seed_words, torch_sampler
 from gapless.sampling.base import MASS_BITS
 from gapless.sampling.rng import uniform_numpy
 from gapless.sampling.torch_sampler import inverse_cdf, kept_mass, weights
@@ -45,6 +45,12 @@ def draw(logits_EV: Tensor, tables: SamplingTables, first_position: int = 0) -> 
     tokens_E = TorchSampler().sample(logits_EV, rows_E, rows_E + first_position, tables, all_greedy=False)
     assert tokens_E.dtype == torch.int32
     return tokens_E.tolist()
+
+
+def draw_row(logits_EV: Tensor, tables: SamplingTables, row: int) -> int:
+    """The token of one entry that is sampled alone, from its own row."""
+    row_E = torch.tensor([row], dtype=torch.int32)
+    return int(TorchSampler().sample(logits_EV[row : row + 1], row_E, row_E, tables, all_greedy=False))
 
 
 def kept(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
@@ -196,6 +202,17 @@ def test_a_token_depends_on_seed_and_position_only():
             all_greedy=False,
         )
         assert token.tolist() == [int(tokens_E[entry])]
+
+
+@pytest.mark.parametrize("elements", [1, 300, 1000, 3000])
+def test_a_row_gets_the_same_token_in_whatever_chunk_it_is_worked_on(elements: int, monkeypatch: pytest.MonkeyPatch):
+    logits_EV = torch.randn(10, 300, generator=torch.Generator().manual_seed(6))
+    tables = tables_of(10, top_p=0.95)
+    tables.temperature_R[2] = 0.0  # chunks count the random rows only
+    alone = [draw_row(logits_EV, tables, row) for row in range(10)]
+    assert len(set(alone)) > 7  # so that the random number of another row would be seen
+    monkeypatch.setattr(torch_sampler, "CHUNK_ELEMENTS", elements)
+    assert draw(logits_EV, tables) == alone
 
 
 def test_seed_and_position_both_change_the_stream():

@@ -71,6 +71,17 @@ def test_a_write_and_a_read_that_no_event_orders_are_a_race_in_every_order():
         assert found[0].first.where.startswith("test_races.py:")
 
 
+def test_the_missing_event_is_that_of_the_work_that_was_queued_first_in_whatever_order_they_ran():
+    def use(b: Bench) -> None:
+        for stream, step in ((b.first, 0), (b.second, 1)):
+            b.work(stream, step, write=True)
+            stream.record(b.device.event(f"{stream.name}_done"))
+
+    found = [race for each in races(use) for race in each]
+    assert {race.first.thread for race in found} == {"first", "second"}
+    assert {race.missing for race in found} == {"second must wait for first_done on first"}
+
+
 def test_an_event_between_them_orders_them():
     def use(b: Bench) -> None:
         ready = b.device.event("ready")
@@ -356,6 +367,20 @@ def test_the_audit_hides_what_was_not_declared_for_reading():
 
     assert run_audited([0], [3], copies_row_three).tolist() == [4.0, 2.0, 3.0, 4.0]
     assert run_audited([0], [2], copies_row_three)[0].isnan()
+
+
+def test_the_audit_hides_what_nobody_has_declared_yet():
+    b, seen = bench(audit=True), list[float]()
+    b.device.audit_too("table", b.table)
+
+    def reads() -> None:
+        seen.extend((b.table[0].item(), b.pinned[0].item()))
+
+    b.first.enqueue(reads, Note("work", 0, "", list))
+    b.device.close()
+    assert np.isnan(seen[0])
+    assert seen[1] != 0
+    assert not b.table.any()
 
 
 def void(_: object) -> None:

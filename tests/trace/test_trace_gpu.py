@@ -12,7 +12,7 @@ from support.traced import run_loop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")]
 
-APART = 1e-4  # seconds that the two clocks may be apart
+APART = 1e-3  # seconds that the two clocks may be apart: on a busy machine, the anchor is reached late
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -144,20 +145,25 @@ def compare(
     warm_up: bool = True,
     traced: bool | None = None,
     price_per_hour: float | None = None,
+    tell: Callable[[str], None],
 ) -> Comparison:
     """Run every lookahead `repeat` times, alternating, measure the floor, then run each once more under a kernel trace.
 
     traced          None: where there is a GPU
     price_per_hour  of the machine
+    tell            gets a word before each run
     """
     wants_trace = bench.random.traces_kernels(traced)
     if warm_up:
+        tell("warm-up")
         bench.warm_up(lookaheads[0])
     runs: dict[int, list[DecodeRun]] = {lookahead: [] for lookahead in lookaheads}
-    for _ in range(repeat):
+    for number in range(1, repeat + 1):
         for lookahead in lookaheads:
+            tell(f"lookahead {lookahead}, run {number} of {repeat}")
             runs[lookahead].append(bench.run(lookahead))
     facts = environment(bench.random.device_name, bench.random.torch_device)
+    tell("read bandwidth, kernel traces" if wants_trace else "read bandwidth")
     floor = bench.floor()
     traces = {lookahead: bench.trace(lookahead) if wants_trace else None for lookahead in lookaheads}
     results = [

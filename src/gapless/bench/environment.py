@@ -79,7 +79,7 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def header(title: str, facts: dict[str, str]) -> str:
-    """The lines above a table."""
+def quoted_with(facts: dict[str, str]) -> str:
+    """Two lines above a table, below its title."""
     others = ", ".join(f"{name} {fact}" for name, fact in facts.items() if name not in ("device", "command"))
-    return f"{title}\n{facts['device']}, {others}\n$ {facts['command']}"
+    return f"{facts['device']}, {others}\n$ {facts['command']}"

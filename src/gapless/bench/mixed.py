@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -153,13 +153,20 @@ class MixedBench:
             preemptions=after.scheduler.preemptions - before.scheduler.preemptions,
         )
 
-    def measure(self, lookaheads: Sequence[int], *, repeat: int, warm_up: bool = True) -> MixedReport:
-        """Every lookahead `repeat` times, alternating. The warm-up sends all requests at once."""
+    def measure(
+        self, lookaheads: Sequence[int], *, repeat: int, warm_up: bool = True, tell: Callable[[str], None]
+    ) -> MixedReport:
+        """Every lookahead `repeat` times, alternating. The warm-up sends all requests at once.
+
+        tell  gets a word before each run
+        """
         if warm_up:
+            tell("warm-up")
             self.run(lookaheads[0], np.zeros(self.load.requests))
         runs: dict[int, list[MixedRun]] = {lookahead: [] for lookahead in lookaheads}
-        for _ in range(repeat):
+        for number in range(1, repeat + 1):
             for lookahead in lookaheads:
+                tell(f"lookahead {lookahead}, run {number} of {repeat}")
                 runs[lookahead].append(self.run(lookahead, self.arrivals.at))
         return MixedReport(
             load=self.load,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -112,16 +112,22 @@ class PrefillBench:
             shapes = layer_products(self.random.model)
             return matrix_rate(device, shapes, self.random.step_tokens, self.random.dtype)
 
-    def measure(self, *, repeat: int, traced: bool | None = None) -> PrefillReport:
-        """Every length once untimed, then `repeat` times, alternating; traced: None is where there is a GPU."""
+    def measure(self, *, repeat: int, traced: bool | None = None, tell: Callable[[str], None]) -> PrefillReport:
+        """Every length once untimed, then `repeat` times, alternating; traced: None is where there is a GPU.
+
+        tell  gets a word before each run
+        """
         wants_trace = self.random.traces_kernels(traced)
         for length in self.requests:
+            tell(f"warm-up with prompts of {length}")
             self.seconds(length)
         times: dict[int, list[float]] = {length: [] for length in self.requests}
-        for _ in range(repeat):
+        for number in range(1, repeat + 1):
             for length in self.requests:
+                tell(f"prompts of {length}, run {number} of {repeat}")
                 times[length].append(self.seconds(length))
         facts = environment(self.random.device_name, self.random.torch_device)
+        tell("matrix products, kernel traces" if wants_trace else "matrix products")
         rate = self.matrix_rate()
         results = [
             self._result(length, times[length], rate, self.trace(length) if wants_trace else ())

@@ -98,14 +98,18 @@ class Readings(Generic[AnyWindow]):
         return self.growth(field) * 100_000 / (self.window_steps * (len(self.windows) - self._quarter))
 
     def growth_text(self) -> str:
-        """What grew, as counted, and per 100,000 steps if there were LONG_ENOUGH."""
+        """What grew, as counted and per 100,000 steps, if there were LONG_ENOUGH."""
         names = ("objects", "blocks", "tensor_bytes", "pinned_bytes")
 
         def listed(growth: Callable[[str], float]) -> str:
             return ", ".join(f"{growth(name):+.0f} {name.replace('_', ' ')}" for name in names)
 
-        scaled = listed(self.growth_per_100k) if self.steps >= LONG_ENOUGH else "too short a run to tell"
-        return f"growth, last quarter over first: {listed(self.growth)}\ngrowth per 100,000 steps: {scaled}"
+        if self.steps < LONG_ENOUGH:
+            return f"growth: too short a run to tell, below {LONG_ENOUGH:,} steps"
+        return (
+            f"growth, last quarter over first: {listed(self.growth)}\n"
+            f"growth per 100,000 steps: {listed(self.growth_per_100k)}"
+        )
 
     def ratio(self, field: str) -> float:
         """A field of a window, end over start."""
@@ -206,21 +210,26 @@ class Soak:
         loop, admission = small_loop(soak_config(rows, lookahead), device)
         return cls(loop, admission, device, seed)
 
-    def run(self, steps: int, windows: int = WINDOWS) -> SoakReport:
-        """Run `steps` steps, rounded up to equal windows, after one window more to warm up."""
+    def run(self, steps: int, windows: int = WINDOWS, each: Callable[[int, Window], None] | None = None) -> SoakReport:
+        """Run `steps` steps, rounded up to equal windows, after one window more to warm up.
+
+        each  gets the steps so far and every window but the first, as it comes
+        """
         size = -(-steps // windows)
         wall_ns, cpu_ns = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         readings = np.zeros((windows + 1, len(fields(Window))))  # made here, so that none adds to those after it
         before = self.count_calls()
         count_alive(self.device)  # as after every window: garbage of earlier days is not the first one's
-        for reading in readings:
+        for number, reading in enumerate(readings):
             gc.disable()
             try:
                 self._churn(wall_ns, cpu_ns)
             finally:
                 gc.enable()
             times = (np.median(wall_ns), np.quantile(wall_ns, 0.1), cpu_ns.mean())
-            reading[:] = *(each / 1e3 for each in times), *count_alive(self.device)
+            reading[:] = *(ns / 1e3 for ns in times), *count_alive(self.device)
+            if each is not None and number:
+                each(number * size, _window(reading.tolist()))
         ended = dict(self._ended)
         return SoakReport(
             rows=self.admission.limits.max_rows,

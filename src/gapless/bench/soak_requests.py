@@ -103,20 +103,27 @@ class RequestSoak:
         self._did: Counter[str] = Counter()
         self._ways: list[Callable[[RequestStream], Awaitable[None]]] = [_read, _read, _leave, _drop, _cancel]
 
-    def run(self, steps: int, windows: int = WINDOWS) -> RequestReport:
+    def run(
+        self, steps: int, windows: int = WINDOWS, each: Callable[[int, RequestWindow], None] | None = None
+    ) -> RequestReport:
         """Run `steps` steps in equal windows, and those that end each window's requests, after one window more to warm
-        up. Ends the engine."""
-        return asyncio.run(self._run(-(-steps // windows), windows))
+        up. Ends the engine.
 
-    async def _run(self, size: int, windows: int) -> RequestReport:
+        each  gets the steps so far and every window but the first, as it comes
+        """
+        return asyncio.run(self._run(-(-steps // windows), windows, each))
+
+    async def _run(self, size: int, windows: int, each: Callable[[int, RequestWindow], None] | None) -> RequestReport:
         readings = np.zeros((windows + 1, len(fields(RequestWindow))))  # made here, so that none adds to those after it
         async with self.llm:
-            for reading in readings:
+            for number, reading in enumerate(readings):
                 begun, wall, cpu = self._steps, time.perf_counter(), time.process_time()
                 await self._churn(begun + size)
                 steps = self._steps - begun
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 reading[:] = wall / steps * 1e6, cpu / steps * 1e6, *count_alive(self.device), self._count_left()
+                if each is not None and number:
+                    each(number * size, _window(reading.tolist()))
         return RequestReport(
             window_steps=size,
             windows=[_window(reading) for reading in readings[1:].tolist()],

@@ -19,8 +19,9 @@ from gapless.request import SamplingParams
 class BatchRun:
     """Runs the lines of one input through one model. At most `window` requests are in memory.
 
-    resumable  whether the output is a file, so that --resume can go on with it
-    errors     lines that failed, those of an earlier run included
+    target  the output if it is a file, so that --resume can go on with it
+    total   lines of the input, where that is known
+    errors  lines that failed, those of an earlier run included
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class BatchRun:
         lines: LineReader,
         *,
         kept: Kept,
-        resumable: bool,
+        target: str | None,
+        total: int | None = None,
     ) -> None:
         self._llm = llm
         self._defaults = defaults
@@ -39,15 +41,17 @@ class BatchRun:
         self._lines = lines
         self._open: dict[str, tuple[int, object]] = {}  # request id -> index and id of its line
         self._kept = kept
-        self._resumable = resumable
-        self.errors = kept.failed
+        self._target = target
+        self.errors = len(kept.failed)
+        to_do = total is None or total > len(kept.ids)
+        self._progress = Progress(total, None if to_do and not writer.on_screen else False, done=len(kept.ids))
 
     def progress(self) -> str:
         """How far the output is, and how to go on from there: for the last words of a run that was cut short."""
         more = "" if self._lines.ended else "at least "
         how = (
             "repeat the command with --resume"
-            if self._resumable
+            if self._target is not None
             else "run the lines whose index the output does not have"
         )
         return f"{self._writer.written} of {more}{self._drawn} lines are answered. To go on, {how}"
@@ -59,12 +63,17 @@ class BatchRun:
     def run(self) -> None:
         window = max(64, 2 * self._llm.loaded.config.max_rows)
         with (
-            Progress(None, False if self._writer.on_screen else None) as progress,
-            closing(self._llm.run(self._requests(), window=window, progress=progress)) as outputs,
+            self._progress,
+            closing(self._llm.run(self._requests(), window=window, progress=self._progress)) as outputs,
         ):
             for output in outputs:
                 self._book(output)
-        if self.errors:
+        if self._target is not None:
+            added = "" if self._writer.written > len(self._kept.ids) else "nothing to add: "
+            failed = f", {self.errors} failed" if self.errors else ""
+            answered = f"{self._writer.written - self.errors} of {self._drawn} lines answered"
+            warn(f"{added}{answered}{failed}, in {self._target}")
+        elif self.errors:
             warn(f"{self.errors} of {self._drawn} lines failed")
 
     def _requests(self) -> Iterator[Prepared | None]:
@@ -84,11 +93,14 @@ class BatchRun:
             job, given_id = parse_line(line.data, self._defaults)
             prepared = self._llm.prepare(job.prompt, job.params)
         except InvalidRequestError as error:
-            given_id = error.given_id if isinstance(error, BadLineError) else given_id
-            if line.index not in self._kept.indexes:
+            bad = isinstance(error, BadLineError)
+            given_id = error.given_id if bad else given_id
+            self._kept.check(line, given_id, bad=bad)
+            if line.index not in self._kept.ids:
                 self._refuse(line, given_id, str(error))
             return None
-        if line.index in self._kept.indexes:
+        self._kept.check(line, given_id, bad=False)
+        if line.index in self._kept.ids:
             return None
         self._open[str(prepared.request_id)] = (line.index, given_id)
         return prepared
@@ -96,6 +108,7 @@ class BatchRun:
     def _refuse(self, line: Line, given_id: object, reason: str) -> None:
         self.errors += 1
         self._writer.error(line.index, given_id, line.number, reason)
+        self._progress.count(1)
         warn(f"error: line {line.number}: {' '.join(reason.split())}")
 
     def _book(self, output: RequestOutput) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Annotated
 
 import typer
 
 from gapless.cli import options
 from gapless.cli.bench_options import Json, Lookahead
-from gapless.cli.timeline import check_target
+from gapless.cli.setup import say
+from gapless.cli.targets import check_target, naming
 
 
 def host(
@@ -30,23 +32,22 @@ def host(
 
     blocks/step is what Python's allocator still holds after a step.
     """
-    from gapless.bench.environment import header
-    from gapless.bench.host import as_json, host_environment, measure
+    from gapless.bench.environment import quoted_with
+    from gapless.bench.host import HostRow, as_json, host_environment, measure
 
-    rows = [
-        row
-        for b in batch or [32, 256, 1024]
-        for c in context or [64, 8192, 131072]
-        for row in measure(b, c, queue or [0, 100_000], steps=steps, lookahead=lookahead)
-    ]
     facts = host_environment()
-    print(header(f"host time per decode step, lookahead {lookahead}", facts))
-    print(f"{'batch':>6} {'context':>8} {'waiting':>8} {'us/step':>9} {'p99 us':>8} {'blocks/step':>12}")
-    for row in rows:
-        print(
-            f"{row.batch:>6} {row.context:>8} {row.queue:>8} {row.us_per_step:>9} {row.us_p99:>8} "
-            f"{row.allocations_per_step:>12}"
-        )
+    print(f"host time per decode step, lookahead {lookahead}\n{quoted_with(facts)}")
+    print(f"{'batch':>6} {'context':>8} {'waiting':>8} {'us/step':>9} {'p99 us':>8} {'blocks/step':>12}", flush=True)
+    rows: list[HostRow] = []
+    for b, c in product(batch or [32, 256, 1024], context or [64, 8192, 131072]):
+        say(f"{b} rows of {c} tokens ...")
+        for row in measure(b, c, queue or [0, 100_000], steps=steps, lookahead=lookahead):
+            rows.append(row)
+            print(
+                f"{row.batch:>6} {row.context:>8} {row.queue:>8} {row.us_per_step:>9} {row.us_p99:>8} "
+                f"{row.allocations_per_step:>12}",
+                flush=True,
+            )
     if json_output:
         print(json.dumps(as_json(rows, facts)))
 
@@ -69,19 +70,22 @@ def soak(
     if whole_path:
         _soak_whole_path(steps, rows, lookahead, json_output)
         return
-    from gapless.bench.soak import STEADY_STEPS, Soak, as_json
+    from gapless.bench.soak import STEADY_STEPS, Soak, Window, as_json
 
-    report = Soak.build(rows, lookahead).run(steps)
-    print(
-        f"{'steps':>8} {'us/step':>8} {'p10 us':>7} {'CPU us':>7} {'objects':>9} {'blocks':>9} {'tensors':>9} "
-        f"{'pinned':>9} {'resident':>10} {'cyclic':>7}"
-    )
-    for number, window in enumerate(report.windows, 1):
+    def show(done: int, window: Window) -> None:
         print(
-            f"{number * report.window_steps:>8} {window.wall_us:>8} {window.wall_us_p10:>7} {window.cpu_us:>7} "
-            f"{window.objects:>9} {window.blocks:>9} {window.tensor_bytes:>9} {window.pinned_bytes:>9} "
-            f"{window.resident_bytes / 2**20:>6.1f} MiB {window.cyclic:>7}"
+            f"{done:>7} {window.wall_us:>7} {window.wall_us_p10:>6} {window.cpu_us:>6} {window.objects:>7} "
+            f"{window.blocks:>8} {window.tensor_bytes:>7} {window.pinned_bytes:>7} "
+            f"{window.resident_bytes / 2**20:>6.1f} MiB {window.cyclic:>6}",
+            flush=True,
         )
+
+    print(
+        f"{'steps':>7} {'us/step':>7} {'p10 us':>6} {'CPU us':>6} {'objects':>7} {'blocks':>8} {'tensors':>7} "
+        f"{'pinned':>7} {'resident':>10} {'cyclic':>6}",
+        flush=True,
+    )
+    report = Soak.build(rows, lookahead).run(steps, each=show)
     ended = ", ".join(f"{count} {reason.value}" for reason, count in report.ended.items())
     print(f"requests ended: {ended}; {report.stats.preemptions} preemptions")
     print(
@@ -94,19 +98,22 @@ def soak(
 
 
 def _soak_whole_path(steps: int, rows: int, lookahead: int, json_output: bool) -> None:
-    from gapless.bench.soak_requests import RequestSoak, as_json
+    from gapless.bench.soak_requests import RequestSoak, RequestWindow, as_json
 
-    report = RequestSoak(rows, lookahead).run(steps)
-    print(
-        f"{'steps':>8} {'us/step':>8} {'CPU us':>7} {'objects':>9} {'blocks':>9} {'tensors':>9} {'pinned':>9} "
-        f"{'resident':>10} {'cyclic':>7} {'left':>5}"
-    )
-    for number, window in enumerate(report.windows, 1):
+    def show(done: int, window: RequestWindow) -> None:
         print(
-            f"{number * report.window_steps:>8} {window.wall_us:>8} {window.cpu_us:>7} {window.objects:>9} "
-            f"{window.blocks:>9} {window.tensor_bytes:>9} {window.pinned_bytes:>9} "
-            f"{window.resident_bytes / 2**20:>6.1f} MiB {window.cyclic:>7} {window.left:>5}"
+            f"{done:>7} {window.wall_us:>7} {window.cpu_us:>6} {window.objects:>7} {window.blocks:>8} "
+            f"{window.tensor_bytes:>7} {window.pinned_bytes:>7} {window.resident_bytes / 2**20:>6.1f} MiB "
+            f"{window.cyclic:>6} {window.left:>5}",
+            flush=True,
         )
+
+    print(
+        f"{'steps':>7} {'us/step':>7} {'CPU us':>6} {'objects':>7} {'blocks':>8} {'tensors':>7} {'pinned':>7} "
+        f"{'resident':>10} {'cyclic':>6} {'left':>5}",
+        flush=True,
+    )
+    report = RequestSoak(rows, lookahead).run(steps, each=show)
     did = ", ".join(f"{way} {count}" for way, count in sorted(report.ended.items()))
     stats = report.stats
     print(f"requests: {did}; {stats.preemptions} preemptions, {stats.failed_steps} steps out of memory")
@@ -128,24 +135,25 @@ def predict(
     json_output: Json = False,
 ) -> None:
     """Predict the device's idle share from what a step costs: the real loop in virtual time, no device needed."""
-    from gapless.bench.predict import as_json
+    from gapless.bench.predict import Prediction, as_json
     from gapless.bench.predict import predict as predict_one
     from gapless.trace.record import write_trace
 
     if trace is not None:
         check_target(trace, "trace")
-    results = [
-        predict_one(ahead, host=us * 1e-6, device=device_us * 1e-6, copy=copy_us * 1e-6, jitter=jitter, steps=steps)
-        for us in host_us
-        for ahead in lookahead or [0, 1, 2]
-    ]
-    print(f"{'host us':>9} {'device us':>10} {'lookahead':>10} {'us/step':>9} {'idle':>7}")
-    for result in results:
+    print(f"{'host us':>9} {'device us':>10} {'lookahead':>10} {'us/step':>9} {'idle':>7}", flush=True)
+    results: list[Prediction] = []
+    for us, ahead in product(host_us, lookahead or [0, 1, 2]):
+        result = predict_one(
+            ahead, host=us * 1e-6, device=device_us * 1e-6, copy=copy_us * 1e-6, jitter=jitter, steps=steps
+        )
+        results.append(result)
         print(
-            f"{result.host * 1e6:>9.1f} {result.device * 1e6:>10.1f} {result.lookahead:>10} "
-            f"{result.step_seconds * 1e6:>9.1f} {result.idle_share:>7.1%}"
+            f"{us:>9.1f} {device_us:>10.1f} {ahead:>10} {result.step_seconds * 1e6:>9.1f} {result.idle_share:>7.1%}",
+            flush=True,
         )
     if trace is not None:
-        write_trace(trace, [result.run for result in results])
+        with naming(trace):
+            write_trace(trace, [result.run for result in results])
     if json_output:
         print(json.dumps(as_json(results)))

@@ -10,7 +10,8 @@ import typer
 
 from gapless.cli import options
 from gapless.cli.bench_options import Json, KernelTrace, Lookahead, Lookaheads, Repeat, Shape, WarmUp
-from gapless.cli.setup import warn
+from gapless.cli.setup import say, warn
+from gapless.cli.table import UNKNOWN, print_table
 from gapless.cli.timeline import tracing
 
 if TYPE_CHECKING:
@@ -64,37 +65,53 @@ def decode(
         **chosen,
     )
     workload = bench.Workload(requests=requests, prompt_len=prompt_len, new_tokens=new_tokens)
+    say(f"loading {shape} ...")
     with tracing(trace) as recorder, closing(bench.DecodeBench(shape, workload, config, recorder)) as decoding:
+        print(f"decode: {shape}, {requests} x ({prompt_len} + {new_tokens})", flush=True)
         report = bench.compare(
-            decoding, lookaheads, repeat=repeat, warm_up=warm_up, traced=kernel_trace, price_per_hour=price_per_hour
+            decoding,
+            lookaheads,
+            repeat=repeat,
+            warm_up=warm_up,
+            traced=kernel_trace,
+            price_per_hour=price_per_hour,
+            tell=say,
         )
-    _show_decode(shape, report)
+    _show_decode(report)
     if json_output:
         print(json.dumps(report.as_json()))
 
 
-def _show_decode(shape: str, report: Comparison) -> None:
-    from gapless.bench.environment import header
+def _show_decode(report: Comparison) -> None:
+    from gapless.bench.environment import quoted_with
 
     work, floor = report.workload, report.floor
-    print(header(f"decode: {shape}, {work.requests} x ({work.prompt_len} + {work.new_tokens})", report.environment))
+    print(quoted_with(report.environment))
     print(
         f"floor: {floor.seconds:.3f} s, {floor.weight_bytes / 1e9:.3f} GB of weights and {floor.kv_bytes / 1e9:.3f} GB "
         f"of KV a step at {floor.read_rate / 1e9:.1f} GB/s"
     )
-    print(
-        f"{'lookahead':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'ms/step':>8} {'x floor':>8} "
-        f"{'busy (events)':>14} {'busy (trace)':>13} {'idle between steps':>19} {'cost/M tokens':>14}"
+    print_table(
+        [
+            *("lookahead", "seconds", "spread", "tokens/s", "ms/step", "x\nfloor", "busy\n(events)"),
+            *("busy\n(trace)", "idle\nbetween", "cost\n/1M"),
+        ],
+        [
+            [
+                str(result.lookahead),
+                f"{result.median_seconds:.3f}",
+                f"{result.spread_seconds:.3f}",
+                f"{result.tokens_per_second:.0f}",
+                f"{result.median_seconds / work.new_tokens * 1e3:.3f}",
+                f"{result.floor_ratio:.2f}",
+                f"{result.busy_share:.2%}",
+                f"{result.trace.work_share:.2%}" if result.trace else UNKNOWN,
+                f"{result.trace.between_steps:.3%}" if result.trace else UNKNOWN,
+                UNKNOWN if result.cost_per_million_tokens is None else f"{result.cost_per_million_tokens:.4f}",
+            ]
+            for result in report.results
+        ],
     )
-    for result in report.results:
-        busy = f"{result.trace.work_share:.2%}" if result.trace else "-"
-        idle = f"{result.trace.between_steps:.3%}" if result.trace else "-"
-        cost = "-" if result.cost_per_million_tokens is None else f"{result.cost_per_million_tokens:.4f}"
-        print(
-            f"{result.lookahead:>9} {result.median_seconds:>9.3f} {result.spread_seconds:>7.3f} "
-            f"{result.tokens_per_second:>10.0f} {result.median_seconds / work.new_tokens * 1e3:>8.3f} "
-            f"{result.floor_ratio:>8.2f} {result.busy_share:>14.2%} {busy:>13} {idle:>19} {cost:>14}"
-        )
     for result in report.results:
         if result.trace:
             print(f"a step at lookahead {result.lookahead}, {result.trace.kernels_per_step:.0f} kernels:")
@@ -138,32 +155,42 @@ def prefill(
 
     chosen: dict[str, Any] = {"dtype": dtype, "device": device}
     config = EngineConfig(lookahead=lookahead, block_size=block_size, max_batch_tokens=max_batch_tokens, **chosen)
+    say(f"loading {shape} ...")
     with (
         tracing(trace) as recorder,
         closing(PrefillBench(shape, config, prompt_lens=prompt_len or (), tokens=tokens, trace=recorder)) as bench,
     ):
-        report = bench.measure(repeat=repeat, traced=kernel_trace)
-    _show_prefill(shape, report)
+        print(f"prefill: {shape}, lookahead {lookahead}", flush=True)
+        report = bench.measure(repeat=repeat, traced=kernel_trace, tell=say)
+    _show_prefill(report)
     if json_output:
         print(json.dumps(report.as_json()))
 
 
-def _show_prefill(shape: str, report: PrefillReport) -> None:
-    from gapless.bench.environment import header
+def _show_prefill(report: PrefillReport) -> None:
+    from gapless.bench.environment import quoted_with
 
-    print(header(f"prefill: {shape}, lookahead {report.lookahead}", report.environment))
+    print(quoted_with(report.environment))
     print(f"matrix products of {report.step_tokens} rows: {report.matrix_rate / 1e12:.3f} TFLOP/s")
-    print(
-        f"{'prompt':>7} {'requests':>9} {'seconds':>9} {'spread':>7} {'tokens/s':>10} {'linear TFLOP/s':>15} "
-        f"{'of products':>12} {'attention':>10}"
+    print_table(
+        [
+            *("prompt", "requests", "seconds", "spread", "tokens/s"),
+            *("linear\nTFLOP/s", "of\nproducts", "attention"),
+        ],
+        [
+            [
+                str(result.prompt_len),
+                str(result.requests),
+                f"{result.median_seconds:.3f}",
+                f"{result.spread_seconds:.3f}",
+                f"{result.tokens_per_second:.0f}",
+                f"{result.linear_flops / 1e12:.3f}",
+                f"{result.linear_share:.1%}",
+                UNKNOWN if result.attention_share is None else f"{result.attention_share:.1%}",
+            ]
+            for result in report.results
+        ],
     )
-    for result in report.results:
-        attention = "-" if result.attention_share is None else f"{result.attention_share:.1%}"
-        print(
-            f"{result.prompt_len:>7} {result.requests:>9} {result.median_seconds:>9.3f} {result.spread_seconds:>7.3f} "
-            f"{result.tokens_per_second:>10.0f} {result.linear_flops / 1e12:>15.3f} {result.linear_share:>12.1%} "
-            f"{attention:>10}"
-        )
     for result in report.results:
         if result.parts:
             print(f"the kernels of a run with prompts of {result.prompt_len}:")
@@ -212,32 +239,56 @@ def mixed(
         block_size=block_size,
         **chosen,
     )
+    say(f"loading {shape} ...")
     with tracing(trace) as recorder, closing(MixedBench(shape, load, config, recorder)) as bench:
-        report = bench.measure(lookaheads, repeat=repeat, warm_up=warm_up)
-    _show_mixed(shape, report)
+        print(
+            f"mixed: {shape}, {requests} requests at {rate:g}/s, prompts to {max_prompt_len} and answers to "
+            f"{max_new_tokens} tokens, seed {seed}, {max_rows} rows",
+            flush=True,
+        )
+        report = bench.measure(lookaheads, repeat=repeat, warm_up=warm_up, tell=say)
+    _show_mixed(report)
     if json_output:
         print(json.dumps(report.as_json()))
 
 
-def _show_mixed(shape: str, report: MixedReport) -> None:
-    from gapless.bench.environment import header
+def _show_mixed(report: MixedReport) -> None:
+    from gapless.bench.environment import quoted_with
 
-    load = report.load
-    title = (
-        f"mixed: {shape}, {load.requests} requests at {load.rate:g}/s, prompts to {load.max_prompt_len} and answers to "
-        f"{load.max_new_tokens} tokens, seed {load.seed}, {report.max_rows} rows"
+    print(quoted_with(report.environment))
+    print("medians of the runs")
+    medians = [(result, result.median) for result in report.results]
+    print_table(
+        [
+            *("lookahead", "seconds", "spread", "tokens/s"),
+            *("waiting", "most", "running", "rows/step", "busy"),
+        ],
+        [
+            [
+                str(result.lookahead),
+                f"{median.seconds:.3f}",
+                f"{result.spread.seconds:.3f}",
+                f"{median.tokens_per_second:.0f}",
+                f"{median.waiting_mean:.2f}",
+                f"{median.waiting_max:.0f}",
+                f"{median.running_mean:.2f}",
+                f"{median.batch_mean:.2f}",
+                f"{median.busy_share:.1%}",
+            ]
+            for result, median in medians
+        ],
     )
-    print(header(title, report.environment))
-    print("medians of the runs; TTFT and ITL (inter-token latency) in ms")
-    print(
-        f"{'lookahead':>9} {'seconds':>8} {'spread':>7} {'tokens/s':>9} {'TTFT p50':>9} {'p99':>8} {'ITL p50':>8} "
-        f"{'p99':>8} {'waiting':>8} {'most':>5} {'running':>8} {'rows/step':>10} {'busy':>7}"
+    print("TTFT (time to first token) and ITL (inter-token latency) in ms")
+    print_table(
+        ["lookahead", "TTFT p50", "p99", "ITL p50", "p99"],
+        [
+            [
+                str(result.lookahead),
+                f"{median.ttft_p50:.2f}",
+                f"{median.ttft_p99:.2f}",
+                f"{median.inter_token_p50:.2f}",
+                f"{median.inter_token_p99:.2f}",
+            ]
+            for result, median in medians
+        ],
     )
-    for result in report.results:
-        m = result.median
-        print(
-            f"{result.lookahead:>9} {m.seconds:>8.3f} {result.spread.seconds:>7.3f} {m.tokens_per_second:>9.0f} "
-            f"{m.ttft_p50:>9.2f} {m.ttft_p99:>8.2f} {m.inter_token_p50:>8.2f} {m.inter_token_p99:>8.2f} "
-            f"{m.waiting_mean:>8.2f} {m.waiting_max:>5.0f} {m.running_mean:>8.2f} {m.batch_mean:>10.2f} "
-            f"{m.busy_share:>7.1%}"
-        )

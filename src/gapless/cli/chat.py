@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gapless.request import SamplingParams
 
 _HELP = """/reset  forget the conversation
-/exit   leave (so does Ctrl-D)
+/exit   leave (so do /quit and Ctrl-D)
 /help   this list
 Ctrl-C stops an answer; at the prompt, twice leaves.
 """
@@ -97,7 +97,7 @@ class Conversation:
                 interrupted = True
                 continue
             interrupted = False
-            if line is None or line == "/exit":
+            if line is None or line in ("/exit", "/quit"):
                 return
             self._act(line)
 

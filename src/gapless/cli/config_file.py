@@ -11,6 +11,7 @@ import typer
 from gapless.errors import ConfigError
 
 MAX_BYTES = 2**20
+_PATH = "gapless.config"  # in the meta of a context
 
 
 def apply_config_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -23,8 +24,14 @@ def apply_config_file(context: typer.Context, path: Path | None) -> Path | None:
             if flag.startswith("--") and flag not in ("--config", "--help")
         }
         values = read_config_file(path, set(flags))
+        context.meta[_PATH] = path
         context.default_map = {flags[name]: value for name, value in values.items()}
     return path
+
+
+def place_in_file(context: typer.Context, flag: str) -> str:
+    """How to call an option whose value came from the file."""
+    return f"{context.meta[_PATH]}: {flag.lstrip('-')}"
 
 
 def read_config_file(path: Path, known: set[str]) -> dict[str, object]:
@@ -52,7 +59,8 @@ def read_config_file(path: Path, known: set[str]) -> dict[str, object]:
         name = str(key).replace("-", "_")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+            names = [each.replace("_", "-") for each in close or sorted(known)]
+            hint = f"did you mean {names[0]!r}?" if close else f"there are {', '.join(names)}"
             raise ConfigError(f"the config file {path} has the unknown option {str(key)!r}; {hint}")
         if value is not None:
             values[name] = value

@@ -22,11 +22,13 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
     for name, value in facts.items():
+        lines = [str(value)]
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {each or 'not installed'}" for key, each in value.items())
+            lines = [f"{key} {each or 'not installed'}" for key, each in value.items()]
         elif isinstance(value, list):
-            value = "; ".join(map(str, value))
-        sys.stdout.write(f"{name.replace('_', ' '):<16} {value}\n")
+            lines = list(map(str, value))
+        for label, line in zip([name.replace("_", " ")] + [""] * len(lines), lines, strict=False):
+            sys.stdout.write(f"{label:<16} {line}\n")
 
 
 def collect() -> dict[str, object]:
@@ -67,6 +69,7 @@ def _devices() -> list[str]:
     for name in [*names, "cpu"]:
         device = open_device(name)
         free, total = device.memory()
-        found.append(f"{name}: {device.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        title = name if name == device.name else f"{name}: {device.name}"
+        found.append(f"{title}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
         device.close()
     return found

@@ -8,14 +8,17 @@ import os
 import sys
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from gapless.cli.jobs import LineReader
+from gapless.cli.jobs import BadLineError, Line, LineReader, lines_of, parse_line
 from gapless.cli.setup import warn
 from gapless.cli.signals import held_back
+from gapless.cli.targets import check_target, naming
 from gapless.errors import ConfigError, InputFileError
 from gapless.outputs import RequestOutput
+from gapless.request import SamplingParams
 
 STANDARD = "-"
 _BEGIN = b'{"index": '
@@ -25,19 +28,35 @@ _BEGIN = b'{"index": '
 class Kept:
     """What an output holds from an earlier run.
 
-    indexes  lines of the input that are answered, with an error or without
-    failed   how many of them with an error
-    size     bytes up to the end of the last whole line
+    ids     of the lines of the input that are answered, by their index; None for a line without
+    failed  indexes of those with an error
+    size    bytes up to the end of the last whole line
     """
 
-    indexes: set[int] = field(default_factory=set[int])
-    failed: int = 0
+    ids: dict[int, object] = field(default_factory=dict[int, object])
+    failed: set[int] = field(default_factory=set[int])
     size: int = 0
 
     @property
     def lines(self) -> int:
         """How many lines the input has at least."""
-        return max(self.indexes, default=-1) + 1
+        return max(self.ids, default=-1) + 1
+
+    def check(self, line: Line, given_id: object, *, bad: bool) -> None:
+        """Whether the answer to this line, if there is one, can be its own. Raises ConfigError."""
+        if line.index not in self.ids:
+            return
+        other = self.ids[line.index]
+        if other != given_id:
+            raise ConfigError(
+                f"--resume: line {line.number} of the input has the id {given_id!r}, its answer in the output has "
+                f"{other!r}: they are of two different inputs"
+            )
+        if bad and line.index not in self.failed:
+            raise ConfigError(
+                f"--resume: line {line.number} of the input is no request, but the output has an answer to it: they "
+                "are of two different inputs"
+            )
 
 
 def check_files(source: str | None, target: str | None, *, resume: bool = False, overwrite: bool = False) -> Kept:
@@ -55,12 +74,7 @@ def check_files(source: str | None, target: str | None, *, resume: bool = False,
             raise InputFileError(f"the input file {path} may not be read")
     if target is not None and target != STANDARD:
         path = Path(target)
-        if path.is_dir():
-            raise ConfigError(f"the output {path} is a folder, not a file")
-        if not path.parent.is_dir():
-            raise ConfigError(f"there is no folder {path.parent} for the output file")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"the output file {path} may not be written")
+        check_target(path, "output")
         if source is not None and source != STANDARD and path.exists() and path.samefile(source):
             raise ConfigError(f"{path} is both input and output: that would destroy the input")
     if resume and overwrite:
@@ -70,7 +84,10 @@ def check_files(source: str | None, target: str | None, *, resume: bool = False,
     if target is None or target == STANDARD or overwrite or not Path(target).exists():
         return Kept()
     if resume:
-        return read_kept(Path(target))
+        kept = read_kept(Path(target))
+        if source is not None and Path(source).is_file():
+            _check_kept(kept, Path(source))
+        return kept
     if Path(target).stat().st_size:
         more = "--resume to add the answers it does not have, or " if source is not None else ""
         raise ConfigError(f"the output {target} is not empty: give {more}--overwrite")
@@ -81,21 +98,47 @@ def read_kept(path: Path) -> Kept:
     """The lines of an output, a broken last one left out. Raises ConfigError if anything else is no answer of ours."""
     if not path.is_file():
         raise ConfigError(f"--resume: {path} is not a regular file")
-    indexes, failed, size = set[int](), 0, 0
+    ids, failed, size = dict[int, object](), set[int](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and line.startswith(_BEGIN[: len(line)]):
                 warn(f"line {number} of {path} is broken off: it is dropped")
                 break
             record = _record(line)
-            if record is None or record["index"] in indexes:
+            if record is None or record["index"] in ids:
                 raise ConfigError(
                     f"--resume: line {number} of {path} is no answer of gapless generate, or a second one"
                 )
-            indexes.add(record["index"])
-            failed += "error" in record
+            ids[record["index"]] = record.get("id")
+            if "error" in record:
+                failed.add(record["index"])
             size += len(line)
-    return Kept(indexes, failed, size)
+    return Kept(ids, failed, size)
+
+
+def _check_kept(kept: Kept, source: Path) -> None:
+    """Whether the answers can be those to this input. Raises ConfigError."""
+    count = 0
+    with source.open("rb") as stream:
+        for line in lines_of(stream):
+            count += 1
+            if line.index in kept.ids:
+                try:
+                    _, given_id = parse_line(line.data, SamplingParams())
+                except BadLineError as error:
+                    kept.check(line, error.given_id, bad=True)
+                else:
+                    kept.check(line, given_id, bad=False)
+    if count < kept.lines:
+        raise ConfigError(f"--resume: the output has answers to {kept.lines} lines or more, the input has {count}")
+
+
+def count_lines(source: str) -> int | None:
+    """How many requests an input has; None if it can be read once only."""
+    if not Path(source).is_file():
+        return None
+    with Path(source).open("rb") as stream:
+        return sum(1 for _ in lines_of(stream))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -113,7 +156,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 class ResultWriter:
     """Writes one JSON object a line, at once and whole: a signal waits for the end of the line and its count."""
 
-    def __init__(self, file: BinaryIO, written: int = 0) -> None:
+    def __init__(self, file: BinaryIO | FileIO, written: int = 0) -> None:
         self._file = file
         self.on_screen = file.isatty()
         self.written = written
@@ -136,7 +179,7 @@ class ResultWriter:
 
     def _write(self, record: dict[str, object]) -> None:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        with held_back():
+        with held_back(), naming(self._file.name):
             while line:
                 line = line[self._file.write(line) :]  # an unbuffered stdout takes a part when a signal comes
             self._file.flush()
@@ -149,10 +192,10 @@ def open_results(target: str, kept: Kept) -> Generator[ResultWriter]:
     if target == STANDARD:
         yield ResultWriter(sys.stdout.buffer)
         return
-    with Path(target).open("ab" if kept.size else "wb") as file:
+    with Path(target).open("ab" if kept.size else "wb", buffering=0) as file:  # what a full disk refuses is not kept
         if kept.size:
             file.truncate(kept.size)
-        yield ResultWriter(file, len(kept.indexes))
+        yield ResultWriter(file, len(kept.ids))
 
 
 def open_lines(source: str) -> LineReader:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from gapless.cli import options
-from gapless.cli.files import STANDARD, check_files, open_lines, open_results
+from gapless.cli.files import STANDARD, check_files, count_lines, open_lines, open_results
 from gapless.cli.setup import load_llm, make_config, warn
 from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
 from gapless.cli.timeline import tracing
@@ -66,12 +67,15 @@ def generate(
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
     A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. The index
-    counts the lines of --input from 0, blank ones left out. Lines come as they are finished and whole; Ctrl-C and
-    SIGTERM keep them, and the same command with --resume adds the others. There a line with an error counts as
-    answered.
+    counts the lines of --input from 0, blank ones left out; line, and every message, counts all lines from 1. Lines
+    come as they are finished and whole; Ctrl-C and SIGTERM keep them, and the same command with --resume adds the
+    others. There a line with an error counts as answered.
     """
     if bool(prompts) == (source is not None):
         raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
+    for place, text in enumerate(prompts or [], 1):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes
+            raise ConfigError(f"prompt {place} is not UTF-8")
     from gapless.request import SamplingParams
 
     params = SamplingParams(
@@ -113,7 +117,16 @@ def generate(
         if source is not None:
             to_file = target is not None and target != STANDARD
             with open_results(STANDARD if target is None else target, kept) as writer:
-                run = BatchRun(llm, params, writer, open_lines(source), kept=kept, resumable=to_file)
+                total = count_lines(source) if sys.stderr.isatty() else None
+                run = BatchRun(
+                    llm,
+                    params,
+                    writer,
+                    open_lines(source),
+                    kept=kept,
+                    target=target if to_file else None,
+                    total=total,
+                )
                 try:
                     with sigterm_leaves(lambda: f"terminated; {run.progress()}"):
                         run.run()

@@ -116,15 +116,15 @@ class LineReader:
     def _read(self) -> None:
         try:
             with self._stream:
-                for line in _lines_of(self._stream):
+                for line in lines_of(self._stream):
                     self._lines.put(line)
             self._lines.put(None)
         except OSError as error:
             self._lines.put(error)
 
 
-def _lines_of(stream: BinaryIO) -> Iterator[Line]:
-    """Of a line over the limit only as much is kept as shows that it is too long."""
+def lines_of(stream: BinaryIO) -> Iterator[Line]:
+    """Those that are not blank. Of a line over the limit only as much is kept as shows that it is too long."""
     index = number = 0
     while data := stream.readline(MAX_LINE_BYTES + 1):
         number += 1

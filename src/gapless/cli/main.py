@@ -1,86 +1,28 @@
-"""The program `gapless`: its commands, and what becomes of errors.
-
-Exit status: 0 done; 1 failed, or some lines or prompts did; 2 wrong usage, or there is no such file or model;
-130 interrupted; 143 terminated.
-"""
+"""The entry of the program `gapless`: small, so that Ctrl-C ends it in peace while the rest is still being imported."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import typer
-
-from gapless import __version__
-from gapless.cli import bench, chat, env, generate, options, timeline
-from gapless.cli.setup import warn
-from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
-from gapless.errors import ConfigError, GaplessError, InputFileError, InvalidRequestError, ModelNotFoundError
-
-_WRONG_USAGE = (ConfigError, InvalidRequestError, InputFileError, ModelNotFoundError)
-
-app = typer.Typer(
-    name="gapless",
-    help="LLM inference whose accelerator never waits for its host.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("timeline")(timeline.timeline)
-app.command("env")(env.env)
-app.add_typer(bench.app, name="bench")
-
-
-@app.command("demo")
-def demo(
-    model: options.Model = "demo",
-    prompts: Annotated[int | None, typer.Option(min=1, max=45, help="Answer only this many of the prompts.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 96,
-    trace: options.Trace = None,
-) -> None:
-    """Answer 45 prompts at once, synchronously and one step ahead, and compare."""
-    from gapless.demo import run_demo
-
-    with timeline.tracing(trace) as recorder:
-        raise typer.Exit(run_demo(model, prompts, max_tokens, recorder))
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        sys.stdout.write(f"gapless {__version__}\n")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
-    ] = False,
-) -> None:
-    pass
+from gapless.cli.signals import leave_interrupted
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the program and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
+    """Run the program and exit."""
     try:
-        with sigterm_leaves():
-            app(args=argv, prog_name="gapless")
-    except GaplessError as error:
-        if os.environ.get("GAPLESS_DEBUG") == "1":
-            raise
-        warn(f"error: {' '.join(str(error).split())}")
-        sys.exit(2 if isinstance(error, _WRONG_USAGE) else 1)
-    except OSError as error:
-        if os.environ.get("GAPLESS_DEBUG") == "1":
-            raise
-        warn(f"error: {error}")
-        sys.exit(1)
+        _fill_closed_streams()
+        from gapless.cli.program import run
+
+        run(argv)
     except KeyboardInterrupt:
-        leave_on_sigint()
-        sys.exit(INTERRUPTED)
-    sys.exit(0)
+        leave_interrupted()
+
+
+def _fill_closed_streams() -> None:
+    """What goes to a stream that was closed from the start goes nowhere, and no file of ours gets its number."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

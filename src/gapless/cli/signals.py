@@ -7,15 +7,21 @@ comes in the middle of a line waits for its end.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+
+# The interpreter ends by giving every signal its default back: SIGINT would then end the process with another status.
+# One that is ignored stays so. Registered before anything heavy is imported, this is the last to be called.
+atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -70,3 +76,10 @@ def held_back() -> Generator[None]:
 def leave_on_sigint() -> None:
     """From now on Ctrl-C ends the process at once: for one that came while the program is ending already."""
     signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(INTERRUPTED))
+
+
+def leave_interrupted() -> NoReturn:
+    """The end of a program that Ctrl-C interrupted."""
+    leave_on_sigint()
+    sys.stderr.write("gapless: interrupted\n")
+    sys.exit(INTERRUPTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from gapless.cli.setup import say
 from gapless.cli.signals import held_back
+from gapless.cli.targets import check_target, naming
 from gapless.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def timeline(
     check_target(path, "picture")
     runs = read_files(traces)
     text = picture(runs, steps) if path.suffix == ".svg" else page(runs, steps)
-    path.write_text(text, encoding="utf-8")
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
     print(path)
 
 
@@ -71,16 +72,6 @@ def tracing(path: Path | None, *others: str | None) -> Generator[Trace | None]:
     try:
         yield trace
     finally:
-        with held_back():
+        with held_back(), naming(path):
             trace.write(path)
         say(f"the trace is in {path}: gapless timeline {path} draws it")
-
-
-def check_target(path: Path, what: str) -> None:
-    """Whether a file can be written there. Raises ConfigError."""
-    if path.is_dir():
-        raise ConfigError(f"the {what} {path} is a folder, not a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} for the {what}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"the {what} {path} may not be written")

@@ -83,6 +83,7 @@ class Engine:
         self._left_behind = False  # the thread: it may never come back, nobody waits for it
         self._last_word = threading.Lock()  # taken for good by who publishes the failure
         self._told = False  # the failure has been published
+        self._ended = threading.Event()  # the thread has nothing left to do
         self._thread = threading.Thread(target=self._run, name="gapless-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close, LEAVE_SECONDS)  # a worker inside torch must not outlive the interpreter
@@ -168,8 +169,8 @@ class Engine:
             stall, left = self._look_for_stall(), until - time.perf_counter()
             if left <= 0:
                 self._leave_behind()
-            else:
-                self._thread.join(left if stall is None else min(left, stall))
+            elif self._ended.wait(left if stall is None else min(left, stall)):
+                self._thread.join()  # not before: a join that Ctrl-C interrupts takes a thread that runs on for dead
 
     def _seconds_since_progress(self, now: float) -> float:
         since = self._active_since
@@ -233,6 +234,7 @@ class Engine:
                 _drop_locals(self._error)
                 atexit.unregister(self.close)
                 self._publish_failure()
+                self._ended.set()
 
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""

@@ -3,9 +3,10 @@
 """Decode attention over the paged cache: one query per entry, the KV of an entry cut into units that run side by side.
 
 The query heads that share a key/value head are the rows of one tile, so every key is read once. A unit is a run of
-tiles of one pair of entry and key/value head, and a program does one unit. The grid depends on the number of entries
-only; which unit a program does follows from all lengths, on the device: a captured graph stays right for any lengths,
-costs nothing for lengths that could be, and a long entry among short ones is cut into many units.
+tiles of one pair of entry and key/value head, and a program does one unit; the heads of a run follow each other. The
+grid depends on the number of entries only; which unit a program does follows from all lengths, on the device: a
+captured graph stays right for any lengths, costs nothing for lengths that could be, and a long entry among short
+ones is cut into many units.
 
 How a row is cut depends on the number of entries, on its own length and, in steps of an eighth of a power of two, on
 the mean length. Units are merged in their order, so equal inputs give equal bits.
@@ -42,7 +43,7 @@ def count_units(
     wanted: tl.tensor,
     min_span: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Each entry's length and its units for every key/value head: `wanted` in all, and at most one more each."""
+    """Each entry's length and its spans: `wanted` in all, and at most one more each."""
     length_E = tl.load(kv_len_E + entry_E, mask=entry_E < entries, other=0)
     span = tl.maximum(tl.cdiv(tl.sum(length_E, axis=0), wanted), min_span)
     step = tl.maximum(tl.exp2(tl.floor(tl.log2(span.to(tl.float32))) - 3.0).to(tl.int32), 1)
@@ -60,6 +61,7 @@ def merge_units(
     units: tl.tensor,
     first_head: tl.tensor,
     head_in_group: tl.tensor,
+    KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -68,7 +70,7 @@ def merge_units(
 ) -> None:
     """Write HEADS heads of the group that begins with first_head of all entries' heads, from head_in_group on.
 
-    Units are taken in their order, MERGE at a time.
+    Units, each KV_HEADS after the one before, are taken in their order, MERGE at a time.
     """
     head_P = head_in_group + tl.arange(0, HEADS)
     dim_D = tl.arange(0, DIM_TILE)
@@ -78,7 +80,8 @@ def merge_units(
     sum_PD = tl.zeros((HEADS, DIM_TILE), tl.float32)
     for start in range(0, units, MERGE):
         in_use_UP = (start + nth_U < units)[:, None] & (head_P < GROUP)[None, :]
-        at_UP = (first_unit + start + nth_U).to(tl.int64)[:, None] * GROUP + head_P[None, :]
+        unit_U = first_unit + (start + nth_U) * KV_HEADS
+        at_UP = unit_U.to(tl.int64)[:, None] * GROUP + head_P[None, :]
         in_use_UPD = in_use_UP[:, :, None] & (dim_D < HEAD_DIM)[None, None, :]
         # past L1: other multiprocessors wrote these
         lse_UP = tl.load(partial_lse_UG + at_UP, mask=in_use_UP, other=float("-inf"), cache_modifier=".cg")
@@ -162,18 +165,18 @@ def decode_kernel(
     entry_E = tl.arange(0, ENTRIES_TILE)
     row_E = tl.load(rows_E + entry_E, mask=entry_E < entries, other=0)
     length_E, units_E = count_units(kv_len_E, entry_E, entries, wanted, min_span)
-    stop_E = tl.cumsum(units_E, axis=0) * KV_HEADS
-    if unit >= tl.max(stop_E, axis=0):
+    stop_E = tl.cumsum(units_E, axis=0)
+    span = unit // KV_HEADS
+    kv_head = unit % KV_HEADS
+    if span >= tl.max(stop_E, axis=0):
         return
-    done_E = stop_E <= unit
+    done_E = stop_E <= span
     entry = tl.sum(done_E.to(tl.int32), axis=0)
     here_E = entry_E == entry
     length = tl.sum(tl.where(here_E, length_E, 0), axis=0)
     units = tl.sum(tl.where(here_E, units_E, 0), axis=0)
     table_at = block_table_RC + tl.sum(tl.where(here_E, row_E, 0), axis=0).to(tl.int64) * table_stride
-    in_entry = unit - tl.max(tl.where(done_E, stop_E, 0), axis=0)
-    kv_head = in_entry // units
-    nth = in_entry % units
+    nth = span - tl.max(tl.where(done_E, stop_E, 0), axis=0)
     tiles = tl.cdiv(length, BLOCK_N)
     begin = nth * tiles // units * BLOCK_N
     end = tl.minimum((nth + 1) * tiles // units * BLOCK_N, length)
@@ -256,10 +259,11 @@ def decode_kernel(
                     partial_UGD,
                     partial_lse_UG,
                     out_END,
-                    unit - nth,
+                    unit - nth * KV_HEADS,
                     units,
                     first_head,
                     0,
+                    KV_HEADS,
                     triton.next_power_of_2(GROUP),
                     GROUP,
                     HEAD_DIM,
@@ -294,7 +298,7 @@ def reduce_kernel(
     if units == 1:
         return
     kv_head = head // GROUP
-    first_unit = tl.sum(tl.where(entry_E < entry, units_E, 0), axis=0) * KV_HEADS + kv_head * units
+    first_unit = tl.sum(tl.where(entry_E < entry, units_E, 0), axis=0) * KV_HEADS + kv_head
     first_head = entry * (KV_HEADS * GROUP) + kv_head * GROUP
     merge_units(
         partial_UGD,
@@ -304,6 +308,7 @@ def reduce_kernel(
         units,
         first_head,
         head % GROUP,
+        KV_HEADS,
         1,
         GROUP,
         HEAD_DIM,

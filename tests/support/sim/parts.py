@@ -102,6 +102,7 @@ class RigDevice(SimDevice):
         for name, buffer in buffers.items():
             memory = buffer.numpy()
             self._watched[buffer.data_ptr()] = _Watched(name, memory, memory.tobytes())
+            self.audit_too(name, buffer)
 
     def check_watched(self) -> None:
         """Whether all of it is as the last piece of work has left it."""
@@ -194,6 +195,9 @@ class RigScheduler(Scheduler):
         self.pool.rig = self.rows.rig = rig
         self._planning = False
         self._good_steps = FIRST_PATIENCE  # since a step ran out of memory
+        self._sitting_out = 0  # rows that decode, but not in the step in hand
+        self._fed: dict[int, int] = {}  # tokens of each request that were launched since it has its row
+        self.thrown_away = 0  # of these, in all
 
     def plan(self) -> Plan | None:
         table, rowless = self.rows, self.requests_without_row()
@@ -210,14 +214,30 @@ class RigScheduler(Scheduler):
             self._check_chunks(computed, pending)
         if plan is not None:
             self._check_plan(plan)
+            ids = self.rows.request_id[plan.rows_E]
+            self._fed.update(zip(ids.tolist(), (plan.starts_E + plan.counts_E).tolist(), strict=True))
             self.rig.boundary("planned", plan.step)
         return plan
+
+    def _plan_decodes(self) -> tuple[Ints, Ints]:
+        """Rows sit out only if they need a block, and those of rows that drain cover it."""
+        rows, blocks = super()._plan_decodes()
+        table = self.rows
+        decoding = np.flatnonzero((table.state == RowState.RUNNING) & (table.length - table.computed == 1))
+        waiting = np.setdiff1d(decoding, rows)
+        full = table.computed[waiting] == table.num_blocks[waiting] * self.limits.block_size
+        self._sitting_out = waiting.size
+        if not full.all() or waiting.size > table.num_blocks[list(self._draining)].sum():
+            raise Broken("liveness", f"rows {waiting.tolist()} sit out, and no blocks come back for them")
+        return rows, blocks
 
     def _check_plan(self, plan: Plan) -> None:
         """What fill, attention and sampler rely on."""
         counts, decodes, rows = plan.counts_E, plan.num_decodes, plan.rows_E
         if not 0 < plan.num_tokens <= min(self.limits.max_batch_tokens, self.budget.tokens):
             raise Broken("books", f"a step of {plan.num_tokens} tokens, over the budget of {self.budget.tokens}")
+        if plan.num_tokens + self._sitting_out > self.budget.tokens:
+            raise Broken("books", f"no budget is left to {self._sitting_out} rows that sit out")
         if plan.num_tokens != counts.sum() or (counts[:decodes] != 1).any() or (counts[decodes:] <= 1).any():
             raise Broken("books", f"query tokens {counts.tolist()} do not begin with {decodes} decodes")
         if np.unique(rows).size != rows.size or plan.all_greedy != self.rows.greedy[rows].all():
@@ -247,6 +267,11 @@ class RigScheduler(Scheduler):
         if self._planning:
             self._check_preemption(row)
         super()._preempt(row)
+
+    def _drain(self, row: int, state: int) -> None:
+        if state == RowState.PREEMPTED:
+            self.thrown_away += self._fed[int(self.rows.request_id[row])]
+        super()._drain(row, state)
 
     def _check_preemption(self, row: int) -> None:
         """Youngest first, and only while the blocks that are free or come back do not cover what decodes."""

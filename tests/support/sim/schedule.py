@@ -27,6 +27,7 @@ Shortage = Literal[
 ]
 SHORTAGES: tuple[Shortage, ...] = get_args(Shortage)
 AUDITED = 10  # one seed in so many has the audit
+CROWDED = 10  # one seed in so many is a crowd
 _DEFAULTS = SamplingParams()
 _ENDS: tuple[tuple[Kind, ...], ...] = ((), (), (), ("cancel",))
 _PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "preempt"))
@@ -115,6 +116,8 @@ def _move(fields: dict[str, Any]) -> Move:
 
 def generate(seed: int) -> Schedule:
     """The schedule of a seed: few rows, few blocks, small budgets, so that reuse and preemption happen at once."""
+    if seed % CROWDED == CROWDED // 2:
+        return crowd(seed)
     rng = random.Random(seed)
     rows, block_size, max_length = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 4]), rng.choice([12, 24, 40])
     least = -(-(max_length - 1) // block_size)
@@ -143,6 +146,34 @@ def generate(seed: int) -> Schedule:
         reader_lag=rng.choice([0, 0, 1, 3]),
         moves=tuple(sorted(moves, key=lambda move: move.point)),
         audit=seed % AUDITED == AUDITED - 1,
+    )
+
+
+def crowd(seed: int) -> Schedule:
+    """Many rows that want blocks at once: all grow in step, or they decode beside long prompts that are preempted."""
+    rng = random.Random(seed)
+    rows, block_size, max_length, in_step = 8, rng.choice([1, 2, 4]), rng.choice([12, 24]), rng.random() < 0.5
+    least, length = -(-(max_length - 1) // block_size), rng.randrange(1, 2 * block_size + 1)
+    moves: list[Move] = []
+    for number in range(rows):
+        size = length if in_step else rng.choice([1, 1, max_length - 1 - rng.randrange(4)])
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(size))
+        params = SamplingParams(seed=rng.randrange(2**64), max_tokens=None, ignore_eos=True)
+        moves.append(Move(0, "add", prompt=prompt, params=params))
+        if rng.random() < (0.2 if in_step else 0.7):
+            moves.append(Move(rng.randrange(200), rng.choice(("cancel", "preempt", "preempt")), number))
+    return Schedule(
+        lookahead=rng.choice([0, 0, 1]) if in_step else rng.choice([1, 2, 4]),
+        rows=rows,
+        batch_tokens=rng.choice([rows, rows * length]) if in_step else rows + rng.randrange(2),
+        block_size=block_size,
+        blocks=max(least, rows * rng.choice([2, 3])) + rng.randrange(3) if in_step else 2 * least + rng.randrange(rows),
+        max_length=max_length,
+        graphs=rng.random() < 0.5,
+        order_seed=rng.randrange(2**32),
+        eagerness=None,
+        reader_lag=rng.choice([0, 0, 1, 3]),
+        moves=tuple(sorted(moves, key=lambda move: move.point)),
     )
 
 

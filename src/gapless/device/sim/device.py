@@ -82,6 +82,7 @@ class SimDevice:
     def pinned(self, size: int, name: str = "") -> torch.Tensor:
         memory = torch.zeros(size, dtype=torch.int32)
         self._pinned_names[memory.data_ptr()] = name or "pinned"
+        self.audit_too(name or "pinned", memory)
         return memory
 
     def host_view(self, pinned: torch.Tensor) -> NDArray[np.int32]:
@@ -126,6 +127,11 @@ class SimDevice:
         """Simulate this stream too."""
         self._streams.append(stream)
         self.timeline.lanes.append(stream.name)
+
+    def audit_too(self, name: str, buffer: torch.Tensor) -> None:
+        """Have the audit, if there is one, hide this buffer from all work that does not declare it."""
+        if self._frame is not None:
+            self._frame.know(name, buffer)
 
     def spend(self, name: str, seconds: float, step: int = -1, slot: str = "") -> None:
         """Let the host take this much virtual time. With a step, the host's uses from now on name it."""

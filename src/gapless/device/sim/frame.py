@@ -1,7 +1,8 @@
 """The audit of declarations: what a piece of work did not declare can neither matter to it nor be changed by it.
 
-Everything that was ever declared by anybody, less what this piece declares, is filled with rubbish while it runs, and
-put back afterwards. A use that was not declared then changes the outcome, or is found as a change of the rubbish.
+Every known buffer, less what this piece declares of it, is filled with rubbish while it runs, and put back afterwards.
+Known is all pinned memory, what the device was told of, and what was declared by anybody so far. A use that was not
+declared then changes the outcome, or is found as a change of the rubbish.
 
 Source: the frame rule of separation logic, Reynolds, "Separation logic", LICS 2002.
 """
@@ -20,15 +21,19 @@ _RUBBISH = 1_515_870_810
 
 
 class Frame:
-    """Knows every buffer that was ever declared."""
+    """Hides every buffer that it knows from work that does not declare it."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, tuple[str, torch.Tensor]] = {}
 
+    def know(self, name: str, buffer: torch.Tensor) -> None:
+        """Hide this one from now on, whether or not it is ever declared."""
+        self._buffers[buffer.data_ptr()] = (name, buffer)
+
     def run(self, work: Callable[[], None], declared: Sequence[Access], what: str) -> None:
         """Run `work`. Raises InternalError if it writes to what it did not declare for writing."""
         for name, buffer, _, _ in declared:
-            self._buffers[buffer.data_ptr()] = (name, buffer)
+            self.know(name, buffer)
         hidden: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         fixed: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for address, (name, buffer) in self._buffers.items():

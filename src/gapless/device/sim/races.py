@@ -104,7 +104,7 @@ class RaceChecker:
         self._threads: list[str] = []
         self._records: list[tuple[list[int], list[str]]] = []
         self._books: dict[int, _Book] = {}  # by address
-        self._uses: dict[_Key, tuple[str, CallSite]] = {}  # what, where
+        self._uses: dict[_Key, tuple[str, CallSite, int]] = {}  # what, where, the host's epoch when it was queued
         self.add_thread(HOST)
 
     def add_thread(self, name: str) -> int:
@@ -168,7 +168,7 @@ class RaceChecker:
             book = self._book_of(name, buffer)
         key = (address, units is None, thread, epoch, write)
         if key not in self._uses:
-            self._uses[key] = (what, where)
+            self._uses[key] = (what, where, self.clocks[thread][0])
         self._compare_whole(book, key)
         if units is None:
             if book.units is not None:
@@ -234,15 +234,18 @@ class RaceChecker:
                 self._report(name, int(index[at]), earlier, later)
 
     def _report(self, name: str, unit: int, earlier: _Key, later: _Key) -> None:
-        missing = self._missing(earlier[2], earlier[3], later[2], later[3])
-        self.races.append(Race(name, unit, self._use_of(earlier), self._use_of(later), missing))
+        self.races.append(Race(name, unit, self._use_of(earlier), self._use_of(later), self._missing(earlier, later)))
 
     def _use_of(self, key: _Key) -> Use:
         _, _, thread, epoch, write = key
-        return Use(self._threads[thread], epoch, write, *self._uses[key])
+        what, site, _ = self._uses[key]
+        return Use(self._threads[thread], epoch, write, what, site)
 
-    def _missing(self, first: int, first_epoch: int, second: int, second_epoch: int) -> str:
-        """The event that would order the two uses."""
+    def _missing(self, earlier: _Key, later: _Key) -> str:
+        """The event that would order the two uses, those of two streams as they were queued."""
+        if earlier[2] != 0 and later[2] != 0 and self._uses[earlier][2] > self._uses[later][2]:
+            earlier, later = later, earlier
+        (_, _, first, first_epoch, _), (_, _, second, second_epoch, _) = earlier, later
         if first == 0:  # the host came first but was not seen by work that was already queued
             event = self._event_after(second, second_epoch)
             return f"the host must wait for {event} on {self._threads[second]} before it does this"

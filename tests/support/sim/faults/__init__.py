@@ -5,12 +5,14 @@ A fault stands for a bug that this kind of engine is known to ship: see docs/cor
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from support.sim.faults import inputs, memory, progress, serving, streams, tokens
 from support.sim.parts import Parts, Violation
 from support.sim.rig import run
-from support.sim.schedule import Schedule, generate
+from support.sim.schedule import Schedule, crowd, generate
 
 MOST_SEEDS = 500
 
@@ -19,18 +21,20 @@ MOST_SEEDS = 500
 class Fault:
     """What was done wrong, and the parts that do it.
 
-    by      how a violation that proves it begins, any of them: a crash by the way does not count.
-    graphs  None: as the schedules have it.
+    by         how a violation that proves it begins, any of them: a crash by the way does not count.
+    graphs     None: as the schedules have it.
+    schedules  where it is looked for.
     """
 
     name: str
     parts: Parts
     by: tuple[str, ...]
     graphs: bool | None = None
+    schedules: Callable[[int], Schedule] = generate
 
     def schedule(self, seed: int) -> Schedule:
         """The one of this seed, as the fault is looked for in it."""
-        schedule = generate(seed)
+        schedule = self.schedules(seed)
         return schedule if self.graphs is None else replace(schedule, graphs=self.graphs)
 
     def proved_by(self, violation: Violation) -> bool:
@@ -55,6 +59,7 @@ TOKENS = ("tokens",)
 WRONG_ROW = (*TOKENS, *BLOCK)
 COUNT = ("books: wrong count",)
 ROW_BOOKS = _raising("row ")
+RECOMPUTED = ("books: recomputed",)
 HIDDEN = ("error: IndexError: index 1515870810",)  # what the audit hides is no row
 RUBBISH = (*TOKENS, "books: OutOfRangeError: replay")  # the poison is no token, and no row or block either
 
@@ -149,6 +154,14 @@ FAULTS: tuple[Fault, ...] = (
         Parts(scheduler=progress.ChunksWaitForDecodes),
         ("liveness: the prompt",),
     ),
+    Fault("rows wait for blocks that do not come", Parts(scheduler=progress.CountsFreedTwice), ("liveness: rows",)),
+    Fault(
+        "rows that sit out lose their budget",
+        Parts(scheduler=progress.ChunksTakeAll),
+        ("books: no budget is left",),
+        schedules=crowd,
+    ),
+    Fault("tokens lost with a step are not counted", Parts(scheduler=progress.CountsNoFailedTokens), RECOMPUTED),
     Fault("the newest request is admitted first", Parts(scheduler=memory.NewestFirst), ("liveness: request",)),
     Fault("overshoot tokens are emitted", Parts(scheduler=tokens.EmitsOvershoot), TOKENS),
     Fault("overshoot tokens are billed", Parts(scheduler=tokens.BillsOvershoot), TOKENS),
@@ -185,10 +198,12 @@ class Caught:
         return self.violation is not None and self.fault.proved_by(self.violation)
 
     @property
-    def columns(self) -> str:
-        """The first ones of its line in the table: name, count and check."""
-        finding = self.violation.finding if self.violation else None
-        return f"| {self.fault.name} | {self.seeds if self.found else 'not found'} | {finding} |"
+    def line(self) -> str:
+        """Of the table: name, count, check and what was said, without line numbers."""
+        if self.violation is None or not self.found:
+            return f"| {self.fault.name} | not found | | |"
+        said = re.sub(r"(\.py):\d+", r"\1", self.violation.text)
+        return f"| {self.fault.name} | {self.seeds} | {self.violation.finding} | {said} |"
 
     @property
     def schedule(self) -> Schedule:
@@ -208,9 +223,7 @@ def hunt(fault: Fault, most: int = MOST_SEEDS) -> Caught:
 
 def table() -> str:
     """Every fault and how it was found, as markdown."""
-    lines = ["| planted fault | schedules until found | by | what was said |", "|---|---|---|---|"]
     hunts = [hunt(fault) for fault in FAULTS]
-    for caught in hunts:
-        said = caught.violation.text if caught.violation else ""
-        lines.append(f"{caught.columns} {said} |")
-    return "\n".join([*lines, "", f"{sum(caught.found for caught in hunts)} of {len(FAULTS)} found."])
+    head = ["| planted fault | schedules until found | by | what was said |", "|---|---|---|---|"]
+    found = f"{sum(caught.found for caught in hunts)} of {len(FAULTS)} found."
+    return "\n".join([*head, *(caught.line for caught in hunts), "", found])

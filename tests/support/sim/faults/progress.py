@@ -32,6 +32,39 @@ class PreemptsAll(RigScheduler):
         self._refresh_rows()
 
 
+class CountsFreedTwice(RigScheduler):
+    """Blocks that a preemption frees at once count as blocks that will come, too: rows wait for them."""
+
+    def _preempt_for(self, needed: int) -> None:
+        table = self.rows
+        coming = int(table.num_blocks[list(self._draining)].sum())
+        while needed > self.pool.num_free + coming:
+            running = np.flatnonzero(table.state == RowState.RUNNING)
+            victim = int(running[table.request_id[running].argmax()])
+            if table.length[victim] - table.computed[victim] == 1:
+                needed -= int(table.computed[victim] == table.num_blocks[victim] * self.limits.block_size)
+            coming += int(table.num_blocks[victim])
+            self._preempt(victim)
+        self._refresh_rows()
+
+
+class ChunksTakeAll(RigScheduler):
+    """Rows that sit out keep no budget: chunks take it, and more rows decode later than a step may have."""
+
+    def _plan_chunks(self, budget: int) -> tuple[list[int], list[int]]:
+        return super()._plan_chunks(budget + self._sitting_out)
+
+
+class CountsNoFailedTokens(RigScheduler):
+    """Tokens that are lost with a failed step are not counted as recomputed."""
+
+    def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
+        counted = self.stats.recomputed_tokens
+        committed = super().abandon(failed, skipped)
+        self.stats.recomputed_tokens = counted
+        return committed
+
+
 class NeverShrinks(RigScheduler):
     """Steps stay as large as they were, however often they run out of memory."""
 

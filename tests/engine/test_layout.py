@@ -1,0 +1,31 @@
+"""A slot is as large as the largest step that its limits allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+
+from gapless.engine.layout import StepShape, packed_capacity, sections_of
+
+
+def shapes(max_tokens: int, max_rows: int, max_updates: int) -> Iterator[StepShape]:
+    """All that a step of these limits can have."""
+    for tokens, updates in product(range(1, max_tokens + 1), range(max_updates + 1)):
+        for entries in range(1, min(tokens, max_rows) + 1):
+            for samples, admitted in product(range(entries + 1), repeat=2):
+                yield StepShape(tokens, entries, samples, updates, admitted)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_rows", "max_updates"), [(2, 1, 0), (4, 3, 2), (7, 2, 5), (9, 4, 1)])
+def test_the_largest_step_fills_a_slot_to_its_end(max_tokens: int, max_rows: int, max_updates: int):
+    largest = max(sections_of(shape).total for shape in shapes(max_tokens, max_rows, max_updates))
+    assert packed_capacity(max_tokens, max_rows, max_updates) == largest
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_slot_holds_a_step_of_as_many_tokens_as_rows_and_every_bucket(rows: int):
+    capacity = packed_capacity(rows, rows, 2 * rows)
+    assert max(sections_of(shape).total for shape in shapes(rows, rows, 2 * rows)) <= capacity
+    assert sections_of(StepShape.decode(rows)).total <= capacity
