@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU. CI has none, so a person runs this: scripts/gpu.sh [PART ...]
-# Parts: tests, kernels, bench (the whole table), headline (its longest row alone), prefill, mixed.
+# Parts: tests, kernels, flashinfer (attention beside FlashInfer's, if that is installed), bench (the whole table),
+# headline (its longest row alone), steps (step time against context), memory, prefill, mixed.
 # Needs torch >= 2.11 with CUDA, triton and pytest in the `python3` on PATH. Results go to $OUT (default: gpu-results).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -49,6 +50,18 @@ for part in $parts; do
       headline
       ;;
     headline) headline ;;
+    flashinfer)
+      section "attention beside FlashInfer's on the same caches"
+      run python3 scripts/gpu_kernels.py --flashinfer
+      ;;
+    steps)
+      section "step time against context, lookahead 0 and 1, with the floor"
+      run python3 scripts/step_time.py -o "$OUT/step_time.json"
+      ;;
+    memory)
+      section "memory of the graphs, and what the KV cache gets"
+      run python3 scripts/gpu_memory.py
+      ;;
     prefill)
       section "prompts with one new token each"
       for shape in llama-8b llama-1b smollm2-135m; do
@@ -62,7 +75,10 @@ for part in $parts; do
       run python3 -m gapless bench mixed --shape smollm2-135m --rate 200 --requests 2000 --max-prompt-len 2048 \
         --max-new-tokens 512 --json
       ;;
-    *) echo "unknown part $part: tests, kernels, bench, headline, prefill or mixed" >&2; exit 2 ;;
+    *)
+      echo "unknown part $part: tests, kernels, flashinfer, bench, headline, steps, memory, prefill or mixed" >&2
+      exit 2
+      ;;
   esac
 done
 exit $status

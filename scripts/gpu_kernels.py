@@ -1,29 +1,34 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Check every kernel against float32 on this GPU, then time them.
 
-    PYTHONPATH=src python scripts/gpu_kernels.py [--sweep] [--decode] [--before FILE]
+    PYTHONPATH=src python scripts/gpu_kernels.py [--sweep] [--decode] [--before FILE] [--flashinfer]
 
 Times are of kernels inside a captured graph. --sweep also times the attention kernels with other tiles; --decode leaves
 out what is not decode attention; --before times another paged_decode.py beside ours, for example one that
 `git show REVISION:src/gapless/kernels/paged_decode.py` printed.
+
+--flashinfer times FlashInfer's attention beside ours on the same caches, see gpu_flashinfer.py. It plans on the host,
+which a step whose lengths have changed needs again: that is outside of its times, and printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,11 +36,16 @@ from gapless.attention import make_attention
 from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
 from gapless.attention.scenario import Scenario, batch_of, make_scenario
 from gapless.attention.torch_reference import TorchAttention
+from gapless.bench.ceilings import read_rate
+from gapless.device import open_device
 from gapless.kernels.paged_decode import DecodeTiles, decode_tiles, paged_decode
 from gapless.kernels.paged_prefill import paged_prefill, prefill_tiles
 from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.silu_mul import silu_mul
 from gapless.models.layers import TorchOps, make_ops
+
+if TYPE_CHECKING:
+    from gpu_flashinfer import Attend
 
 CUDA = torch.device("cuda")
 BFLOAT16 = torch.bfloat16
@@ -63,25 +73,10 @@ def microseconds(work: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-@triton.jit
-def read_kernel(words: tl.tensor, sums: tl.tensor, BLOCK: tl.constexpr, BLOCKS: tl.constexpr) -> None:
-    program = tl.program_id(0).to(tl.int64)
-    sum_N = tl.zeros((BLOCK,), tl.float32)
-    for block in range(BLOCKS):
-        sum_N += tl.load(words + (program * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
-    tl.store(sums + program, tl.sum(sum_N, axis=0))
-
-
 def read_bandwidth() -> float:
-    """GB/s of the best of a few plain readers of 4 GiB."""
-    words = torch.randn(2**31, dtype=BFLOAT16, device=CUDA)
-    sums = torch.empty(2**17, device=CUDA)
-    times = [microseconds(lambda: words.sum(), 3), microseconds(lambda: words.amax(), 3)]
-    for block, blocks, warps in ((4096, 8, 8), (8192, 8, 8), (8192, 16, 16), (16384, 4, 16)):
-        grid = (words.numel() // (block * blocks),)
-        read = partial(read_kernel[grid], words, sums, block, blocks, num_warps=warps)
-        times.append(microseconds(read, 3))
-    return words.nbytes / min(times) / 1000
+    """GB/s of kernels that only read."""
+    with closing(open_device("cuda")) as device:
+        return read_rate(device) / 1e9
 
 
 def error(out: Tensor, exact: Tensor) -> float:
@@ -165,11 +160,12 @@ class DecodeWork:
     nbytes: int  # of keys and values that a layer reads
 
     def microseconds(self, decode: Callable[[Tensor, LayerKV, AttentionBatch], object]) -> float:
-        """Of one layer."""
+        """Of one layer, with its share of what a step does once."""
 
         def all_layers() -> None:
+            batch = dataclasses.replace(self.batch)  # a step of its own: nothing kept of another is used
             for kv in self.layers:
-                decode(self.q_END, kv, self.batch)
+                decode(self.q_END, kv, batch)
 
         return microseconds(all_layers, 1) / len(self.layers)
 
@@ -225,8 +221,7 @@ def load_before(path: str) -> Callable[..., None]:
     return module.paged_decode
 
 
-def time_decodes(bandwidth: float, before: Callable[..., None] | None) -> list[str]:
-    lines = list[str]()
+def time_decodes(bandwidth: float, before: Callable[..., None] | None, flashinfer: bool) -> Iterator[str]:
     for name, (lengths, (heads, head_dim), max_kv) in DECODES.items():
         work = decode_work(lengths, heads, head_dim, max_kv)
         attention, scale = make_attention("triton", CUDA), head_dim**-0.5
@@ -237,29 +232,50 @@ def time_decodes(bandwidth: float, before: Callable[..., None] | None) -> list[s
 
         ours = partial(attention.attend, scale=scale)
         line = f"decode {name:28}"
+
+        def rate(us: float, nbytes: int = work.nbytes) -> str:
+            return f"{nbytes / us / 1000:6.0f} GB/s  {nbytes / us / 1000 / bandwidth:4.0%} of read"
+
         for decode in (ours,) if before is None else (old, ours):
             us = work.microseconds(decode)
-            rate = work.nbytes / us / 1000
-            line += f"  {us:8.1f} us  {rate:6.0f} GB/s  {rate / bandwidth:4.0%} of read"
-        lines.append(line)
-    return lines
+            line += f"  {us:8.1f} us  {rate(us)}"
+        yield line
+        if flashinfer:
+            from gpu_flashinfer import beside, decode_ways
+
+            def time(attend: Attend, work: DecodeWork = work) -> float:
+                return work.microseconds(lambda q_END, kv, _: attend(q_END, kv))
+
+            ways = decode_ways(work.q_END, work.layers[0], work.batch, scale)
+            yield from beside(ways, time, rate, ours(work.q_END, work.layers[0], work.batch).float())
 
 
-def time_prefills() -> list[str]:
-    lines, attention = list[str](), make_attention("triton", CUDA)
+def time_prefills(flashinfer: bool) -> Iterator[str]:
+    attention = make_attention("triton", CUDA)
     for queries, length, entries in ((8192, 8192, 1), (2048, 8192, 1), (512, 512, 16), (1024, 1024, 8)):
         scenario = make_scenario(
             [queries] * entries, [length] * entries, heads=HEADS, head_dim=HEAD_DIM, dtype=BFLOAT16, device=CUDA
         )
-        us = microseconds(partial(attention.attend, scenario.q_TND, scenario.kv, scenario.batch, SCALE), 2)
-        pairs = entries * queries * (length - queries / 2)
-        rate = 4 * pairs * HEADS[0] * HEAD_DIM / us / 1e6
-        lines.append(f"prefill {entries:2} x {queries:4} of {length:4}  {us:9.1f} us  {rate:5.0f} TFLOP/s")
-    return lines
+        operations = 4 * entries * queries * (length - queries / 2) * HEADS[0] * HEAD_DIM
+        q_TND, kv, batch = scenario.q_TND, scenario.kv, scenario.batch
+        us = microseconds(partial(attention.attend, q_TND, kv, batch, SCALE), 2)
+
+        def rate(us: float, operations: float = operations) -> str:
+            return f"{operations / us / 1e6:6.0f} TFLOP/s"
+
+        yield f"prefill {entries:2} x {queries:4} of {length:4}{'':12}  {us:8.1f} us  {rate(us)}"
+        if flashinfer:
+            from gpu_flashinfer import beside, prefill_ways
+
+            def time(attend: Attend, q_TND: Tensor = q_TND, kv: LayerKV = kv) -> float:
+                return microseconds(partial(attend, q_TND, kv), 2)
+
+            exact = attention.attend(q_TND, kv, batch, SCALE).float()
+            yield from beside(prefill_ways(q_TND, kv, batch, SCALE), time, rate, exact)
 
 
-def time_pieces() -> list[str]:
-    lines, ops = list[str](), make_ops(CUDA)
+def time_pieces() -> Iterator[str]:
+    ops = make_ops(CUDA)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=CUDA, dtype=BFLOAT16)
@@ -281,10 +297,7 @@ def time_pieces() -> list[str]:
             partial(ops.rope_append, qkv, HeadRotation(None, 1e-5, rope_PD), scenario.kv, scenario.batch)
         )
         silu = microseconds(partial(silu_mul, gate_up))
-        lines.append(
-            f"{tokens:5} tokens  add+rmsnorm {norm:7.1f} us  rope+append {rope:7.1f} us  silu-mul {silu:7.1f} us"
-        )
-    return lines
+        yield f"{tokens:5} tokens  add+rmsnorm {norm:7.1f} us  rope+append {rope:7.1f} us  silu-mul {silu:7.1f} us"
 
 
 def sweep_decode() -> None:
@@ -332,28 +345,42 @@ def sweep_prefill() -> None:
         print(f"  {us:8.1f} us  {text}")
 
 
+def compile_flashinfer() -> float:
+    """Seconds, for all head sizes of DECODES."""
+    if importlib.util.find_spec("flashinfer") is None:
+        raise SystemExit("--flashinfer needs pip install flashinfer-python==0.6.18.post1")
+    import gpu_flashinfer
+
+    return gpu_flashinfer.compile_modules(sorted({head_dim for _, (_, head_dim), _ in DECODES.values()}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="also time the attention kernels with other tiles")
     parser.add_argument("--decode", action="store_true", help="leave out what is not decode attention")
     parser.add_argument("--before", metavar="FILE", help="another paged_decode.py to time beside ours")
+    parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer's attention beside ours")
     options = parser.parse_args()
+    seconds = compile_flashinfer() if options.flashinfer else 0.0
     passed = check_decodes() if options.decode else check_all()
     if options.sweep:
         sweep_decode()
         if not options.decode:
             sweep_prefill()
     bandwidth = read_bandwidth()
-    lines = time_decodes(bandwidth, load_before(options.before) if options.before else None)
-    if not options.decode:
-        lines += [*time_prefills(), *time_pieces()]
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     if options.before:
         print(f"decodes: first {options.before}, then ours")
+    if options.flashinfer:
+        print(f"FlashInfer {importlib.metadata.version('flashinfer-python')}, {seconds:.0f} s of compiling")
     print(
         f"plain read {bandwidth:.0f} GB/s; attention of {HEADS[0]} heads, {HEADS[1]} of keys, of size {HEAD_DIM}, bf16"
     )
-    print("\n".join(lines))
+    before = load_before(options.before) if options.before else None
+    for line in time_decodes(bandwidth, before, options.flashinfer):
+        print(line, flush=True)
+    for line in () if options.decode else itertools.chain(time_prefills(options.flashinfer), time_pieces()):
+        print(line, flush=True)
     if not passed:
         raise SystemExit("a kernel is off; see FAIL above")
 

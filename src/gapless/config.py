@@ -70,7 +70,8 @@ class EngineConfig:
     block_size          tokens in a KV block.
     kv_cache_bytes      memory for the KV cache; None: sized from free memory.
     num_blocks          KV blocks, overriding kv_cache_bytes.
-    memory_fraction     share of the device's free memory that the engine may fill.
+    memory_fraction     share of the memory that is free after the weights for KV cache and activations; the rest is for
+                        graphs and libraries.
     graphs              capture CUDA graphs of decode steps (no effect on the CPU device).
     graph_buckets       padded batch sizes to capture; None: chosen from max_rows.
     dtype               of weights, activations and KV cache; None: float32 on CPU, bfloat16 on CUDA.
@@ -88,7 +89,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
-    memory_fraction: float = 0.9
+    memory_fraction: float = 0.95
     graphs: bool = True
     graph_buckets: tuple[int, ...] | None = None
     dtype: Dtype | None = None

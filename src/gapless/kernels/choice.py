@@ -36,6 +36,7 @@ from gapless.kernels.silu_mul import silu_mul
 
 FLUSH_BYTES = 128 * 2**20  # more than any L2
 MOST_WEIGHTS = 8  # of a kind, multiplied one after the other in a timing
+ROUNDS = 4  # of them in a timing, each behind a flush: small kernels take a few microseconds each
 _EPS = 1e-5
 _log = logging.getLogger(__name__)
 
@@ -180,12 +181,13 @@ def _time(
 
     def microseconds(work: Callable[[Tensor], object] | None) -> float:
         def all_of_them() -> None:
-            flush.zero_()
-            for weight_OI in weights if work else ():
-                assert work is not None
-                work(weight_OI)
+            for _ in range(ROUNDS):
+                flush.zero_()
+                for weight_OI in weights if work else ():
+                    assert work is not None
+                    work(weight_OI)
 
-        return seconds_of(all_of_them) * 1e6 / len(weights)
+        return seconds_of(all_of_them) * 1e6 / (ROUNDS * len(weights))
 
     def multiply_by(tiles: LinearTiles | None) -> Callable[[Tensor], object]:
         def work(weight_OI: Tensor) -> None:
