@@ -23,10 +23,7 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 
 VERSION: str = flashinfer.__version__
-COMPILED_WITH_TENSOR_CORES = (
-    64,
-    128,
-)  # head sizes; others take minutes, and hopper's kernels, fa3, a quarter of an hour
+COMPILED_WITH_TENSOR_CORES = (64, 128)  # head sizes; others take minutes, and fa3 a quarter of an hour
 GROUPS = (1, 2, 3, 4, 6, 8)  # query heads for a key/value head that decoding without tensor cores knows
 WORKSPACE = 512 * 2**20
 BOUND = 1e-2  # of two answers in bfloat16
