@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.random import default_rng  # np.random is imported at its first use, which can lose a Ctrl-C
 from numpy.typing import NDArray
 
 from gapless.config import EngineConfig
@@ -66,7 +67,7 @@ class RandomEngine:
         ]
 
     def random_prompts(self, lengths: Sequence[int], seed: int = 0) -> list[NDArray[np.int32]]:
-        rng = np.random.default_rng(seed)
+        rng = default_rng(seed)
         return [rng.integers(0, self.model.vocab_size, length, dtype=np.int32) for length in lengths]
 
     def generate(self, requests: Sequence[Request]) -> int:
