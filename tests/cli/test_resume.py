@@ -139,6 +139,18 @@ def spawned(argv: list[str], stderr: int = subprocess.PIPE) -> subprocess.Popen[
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
+def read_to_the_end(process: subprocess.Popen[str], terminal: int, last_words: bytes) -> bytes:
+    """What the process showed on the terminal, which is closed."""
+    seen = b""
+    try:
+        while last_words not in seen:
+            seen += os.read(terminal, 4096)
+    finally:
+        process.wait(timeout=60)
+        os.close(terminal)
+    return seen
+
+
 def test_an_interrupted_run_says_how_to_go_on_and_does(gapless: Gapless, options: list[str], tmp_path: Path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"prompt": "abc", "max_tokens": 1 + 7 * (place % 10)} for place in range(1_500)]
@@ -170,13 +182,7 @@ def test_a_terminal_shows_how_far_the_answers_are(options: list[str], source: Pa
         ["generate", *options, "--max-tokens", "4", "--input", str(source), "--output", str(tmp_path / "o")], theirs
     )
     os.close(theirs)
-    seen = b""
-    try:
-        while b"4 failed, in" not in seen:
-            seen += os.read(ours, 4096)
-    finally:
-        process.wait(timeout=60)
-        os.close(ours)
+    seen = read_to_the_end(process, ours, b"4 failed, in")
     assert re.search(rb"\r100%.* 12/12 \[.* request/s, \d+ tokens/s, 0 running\]", seen)
 
 
@@ -187,13 +193,7 @@ def test_a_terminal_shows_no_bar_where_there_is_nothing_to_add(options: list[str
     ours, theirs = pty.openpty()
     process = spawned(["generate", *options, "--input", str(source), "--output", str(target), "--resume"], theirs)
     os.close(theirs)
-    seen = b""
-    try:
-        while b"1 failed, in" not in seen:
-            seen += os.read(ours, 4096)
-    finally:
-        process.wait(timeout=60)
-        os.close(ours)
+    seen = read_to_the_end(process, ours, b"1 failed, in")
     first, second = seen.split(b"\r\n")[:2]
     assert first.startswith(b"gapless: loading")
     assert second.startswith(b"gapless: nothing to add: 0 of 1 lines answered, 1 failed, in ")

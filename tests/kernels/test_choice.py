@@ -135,3 +135,14 @@ def test_what_the_kernels_can_not_multiply_is_left_to_torch(weight: Tensor, toke
     choices.prepare(kind, {kind: [weight]}, [tokens], torch.zeros(8, dtype=torch.int32), clock, may_fuse=True)
     assert choices.get(weight, tokens, Use.PLAIN) is None
     assert clock.timings == 0
+
+
+def test_a_map_of_the_layers_that_has_the_heads_shape_is_ours_where_norms_are_fused():
+    head = Kind.of(HEAD, Use.PLAIN)
+    kinds = {head: [HEAD, HEAD], Kind.of(ADDED, Use.ADDED): [ADDED]}
+    count = NUM_CANDIDATES - 1
+    plain, added = [0.0, 1.2, *[SLOW] * count, 1.0], [0.0, 1.0, *[SLOW] * count, 0.5, 1.5]
+    choices = LinearChoices(None)
+    choices.prepare(head, kinds, [5], torch.zeros(8, dtype=torch.int32), Clock([*plain, *added]), may_fuse=True)
+    assert choices.fused == frozenset([5])
+    assert choices.get(HEAD, 5, Use.PLAIN) is not None

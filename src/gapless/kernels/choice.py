@@ -126,7 +126,8 @@ class LinearChoices:
                     known[name] = _time(kind, same[:MOST_WEIGHTS], max(members), arrived, flush, seconds_of)
                     _log.info("linear map %s: %s", name, known[name])
                 timings[kind] = known[name]
-            layers = {kind: len(same) for kind, same in weights.items() if kind != head}
+            counts = {kind: len(same) - (kind == head) for kind, same in weights.items()}
+            layers = {kind: count for kind, count in counts.items() if count}
             fuse = may_fuse and _fusing_pays(layers, timings)
             if fuse:
                 self.fused |= frozenset(members)
