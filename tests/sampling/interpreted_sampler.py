@@ -18,8 +18,9 @@ import triton.language as tl
 from gapless.sampling.base import SamplingTables
 from gapless.sampling.rng import scale_torch, seed_words, uniform_torch
 from gapless.sampling.torch_sampler import TorchSampler
-from gapless.sampling.triton_kernels import choose_kernel, scale, uniform_halves
-from gapless.sampling.triton_sampler import TritonSampler
+from gapless.sampling.triton_kernels import choose_kernel
+from gapless.sampling.triton_math import scale, uniform_halves
+from gapless.sampling.triton_sampler import SamplerTiles, TritonSampler
 
 # ruff: noqa: ANN001
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
@@ -84,11 +85,79 @@ def check_numbers(generator: torch.Generator) -> None:
     assert torch.equal(scaled_E, scale_torch(uniform_E, total_E))
 
 
+def compare(logits_EV: torch.Tensor, tables: SamplingTables, tiles: SamplerTiles, generator: torch.Generator) -> int:
+    """Samples from rows of a wider buffer and asserts that the tokens are the reference's; how many they are."""
+    entries, vocab = logits_EV.shape
+    whole = torch.zeros(entries, vocab + 3, dtype=logits_EV.dtype)
+    whole[:, :vocab] = logits_EV
+    rows_E = torch.randperm(tables.temperature_R.shape[0], generator=generator)[:entries].int()
+    positions_E = torch.randint(2**31 - 1, (entries,), generator=generator).int()
+    arguments = (whole[:, :vocab], rows_E, positions_E, tables)
+    expected_E = TorchSampler().sample(*arguments, all_greedy=False)
+    tokens_E = TritonSampler(tiles).sample(*arguments, all_greedy=False)
+    assert tokens_E.dtype == torch.int32
+    wrong = [(entry, int(rows_E[entry])) for entry in (tokens_E != expected_E).nonzero().flatten().tolist()]
+    assert not wrong, (vocab, tiles, logits_EV.dtype, wrong, tokens_E, expected_E)
+    return entries
+
+
+# temperature, top_k, top_p, min_p
+FILTERS = [
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.5, 0.3),
+    (0.5, 0, 1e-12, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 200, 1.0, 0.0),
+    (3.0, 280, 0.6, 0.0),
+    (1.0, 200, 0.9, 0.02),
+    (0.01, 20, 0.99, 0.0),
+]
+
+
+def hard_logits(vocab: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Rows on which good splitters are hard to find, or thresholds fall on ties."""
+    noise_V = torch.randn(vocab, generator=generator)
+    cluster_V = torch.where(noise_V > -2.0, noise_V * 1e-5, noise_V)  # too close together to be cut apart
+    spikes_V = noise_V.clone()
+    spikes_V[::97] += 6.0
+    banned_V = noise_V.clone()
+    banned_V[: vocab * 3 // 4] = -1e30
+    return [
+        cluster_V,
+        torch.where(noise_V > 1.0, noise_V * 1e-5, -5.0 * noise_V.abs()),
+        noise_V.round(),
+        torch.full_like(noise_V, -3.0),
+        (4.0 * noise_V).sort(descending=True).values,
+        spikes_V,
+        banned_V,
+        30.0 * noise_V,
+    ]
+
+
+def check_filters(tiles: SamplerTiles, vocab: int, generator: torch.Generator) -> int:
+    """Every filter on every kind of hard row."""
+    rows = hard_logits(vocab, generator)
+    compared = 0
+    for filters in FILTERS:
+        tables = SamplingTables.allocate(len(rows), torch.device("cpu"))
+        temperature, top_k, top_p, min_p = filters
+        tables.temperature_R.fill_(temperature)
+        tables.top_k_R.fill_(top_k)
+        tables.top_p_R.fill_(top_p)
+        tables.min_p_R.fill_(min_p)
+        tables.seed_R2.copy_(torch.randint(2**31, (len(rows), 2), generator=generator))
+        compared += compare(torch.stack(rows), tables, tiles, generator)
+    return compared
+
+
 def main() -> None:
     assert type(choose_kernel).__name__ == "InterpretedFunction", type(choose_kernel)
+    torch.use_deterministic_algorithms(True)  # fills scratch with NaN and the largest integers
     generator = torch.Generator().manual_seed(0)
     check_numbers(generator)
-    reference, compared = TorchSampler(), 0
+    compared = 0
+    compared += check_filters(SamplerTiles(block=128), 500, generator)
+    compared += check_filters(SamplerTiles(block=64, segment=16, programs=1, group=4), 200, generator)
     for kind, (vocab, block, dtype) in enumerate(
         [
             (1, 64, torch.float32),
@@ -99,17 +168,8 @@ def main() -> None:
             (777, 256, torch.float16),
         ]
     ):
-        tables = random_tables(generator)
-        whole = torch.empty(ENTRIES, vocab + 3, dtype=dtype)  # rows of a wider buffer
-        logits_EV = whole[:, :vocab]
-        logits_EV.copy_(random_logits(kind, vocab, dtype, generator))
-        rows_E = torch.randperm(ROWS, generator=generator)[:ENTRIES].int()
-        positions_E = torch.randint(2**31 - 1, (ENTRIES,), generator=generator).int()
-        expected_E = reference.sample(logits_EV, rows_E, positions_E, tables, all_greedy=False)
-        tokens_E = TritonSampler(block).sample(logits_EV, rows_E, positions_E, tables, all_greedy=False)
-        assert tokens_E.dtype == torch.int32
-        assert torch.equal(tokens_E, expected_E), (vocab, block, dtype, tokens_E, expected_E)
-        compared += ENTRIES
+        logits_EV = random_logits(kind, vocab, dtype, generator)
+        compared += compare(logits_EV, random_tables(generator), SamplerTiles(block=block), generator)
     print(f"agreed on {compared} tokens")
 
 

@@ -11,7 +11,7 @@ triton: Any = pytest.importorskip("triton")
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KERNELS = ("extremes_kernel", "mass_kernel", "choose_kernel")
+KERNELS = ("extremes_kernel", "survey_kernel", "choose_kernel")
 POINTERS = {
     "rows_ptr": "*i32",
     "positions_ptr": "*i32",
@@ -21,10 +21,13 @@ POINTERS = {
     "min_p_ptr": "*fp32",
     "seed_ptr": "*i32",
     "best_ptr": "*fp32",
-    "worst_ptr": "*fp32",
     "token_ptr": "*i32",
+    "splitter_ptr": "*fp32",
+    "reached_ptr": "*fp32",
     "mass_ptr": "*i64",
-    "buffer_ptr": "*fp32",
+    "ties_ptr": "*i32",
+    "candidate_ptr": "*i32",
+    "progress_ptr": "*i32",
     "tokens_ptr": "*i32",
 }
 
@@ -37,12 +40,9 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
     from gapless.sampling import triton_kernels, triton_sampler
 
     kernel: Any = getattr(triton_kernels, kernel_name)
-    sampler = triton_sampler.TritonSampler()
-    block = triton_sampler.block_for(vocab, sampler.block)
-    constants = {
-        "VOCAB": vocab,
-        "BLOCK": block,
-        "TILES": triton.next_power_of_2(triton.cdiv(vocab, block)),
+    tiles = triton_sampler.SamplerTiles().fit(vocab)
+    constants: dict[str, Any] = {
+        **tiles.constants(vocab),
         "LARGEST": torch.finfo(DTYPES[dtype]).max,
         "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
         "DEPENDENT": target == "sm_90",
@@ -54,7 +54,7 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
         signature={name: types[name] for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
     )
-    warps = sampler.choose_warps if kernel_name == "choose_kernel" else sampler.tile_warps
+    warps = tiles.choose_warps if kernel_name == "choose_kernel" else tiles.tile_warps
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -91,7 +91,6 @@ def brute_force(
 
 
 @settings(deadline=None, max_examples=300)
-@example(seed=0, vocab=22, temperature=0.1, top_k=0, top_p=1.0, min_p=0.0, ties=False)  # one token with a mass of 1
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 60),
@@ -112,9 +111,7 @@ def test_the_reference_agrees_with_brute_force_in_float64(
         return
     mass = kept(torch.from_numpy(logits), temperature, top_k, top_p, min_p)
     share = mass / mass.sum()
-    weight = exact / exact.max() * 2.0**MASS_BITS
-    sure = np.abs(weight - 1) > 1e-3  # of a mass that is rounded down
-    assert np.array_equal(mass[sure] > 0, weight[sure] > 1)
+    assert np.array_equal(mass > 0, exact > 2.0**-41 * exact.max())
     assert np.abs(share - exact).max() < 3e-6
     uniform = int(uniform_numpy(np.array(seed, np.uint64), np.array(0)))
     token = int(inverse_cdf(torch.from_numpy(mass[None]), torch.tensor([uniform])))
