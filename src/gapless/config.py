@@ -74,6 +74,8 @@ class EngineConfig:
                         graphs and libraries.
     graphs              capture CUDA graphs of decode steps (no effect on the CPU device).
     graph_buckets       padded batch sizes to capture; None: chosen from max_rows.
+    graph_tokens        most prompt tokens of a captured step that reads prompts and decodes; None: by the model's size,
+                        as far as launching a step without a graph takes longer than the step; 0: none is captured.
     dtype               of weights, activations and KV cache; None: float32 on CPU, bfloat16 on CUDA.
     device              "cpu", "cuda" or "cuda:1"; None: CUDA when there is one.
     attention           attention backend by name; None: the fastest one that runs there.
@@ -92,6 +94,7 @@ class EngineConfig:
     memory_fraction: float = 0.95
     graphs: bool = True
     graph_buckets: tuple[int, ...] | None = None
+    graph_tokens: int | None = None
     dtype: Dtype | None = None
     device: str | None = None
     attention: str | None = None
@@ -120,6 +123,8 @@ class EngineConfig:
             raise ConfigError(f"stall_seconds must be between 0 and {MAX_STALL_SECONDS}, not {self.stall_seconds}")
         if self.dtype is not None and self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}")
+        if self.graph_tokens is not None:
+            _between("graph_tokens", self.graph_tokens, 0, 2**31 - 1)
         for bucket in self.graph_buckets or ():
             _between("graph_buckets", bucket, 1, self.max_rows)
 

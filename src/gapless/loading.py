@@ -51,6 +51,7 @@ class EngineOptions(TypedDict, total=False):
     memory_fraction: float
     graphs: bool
     graph_buckets: tuple[int, ...] | None
+    graph_tokens: int | None
     dtype: Dtype | None
     device: str | None
     attention: str | None

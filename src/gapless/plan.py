@@ -55,6 +55,8 @@ class Plan:
     block_*_U        block table columns that were filled for this step: table[row, column] = block
     params           sampling parameters of newly taken rows
     all_greedy       no entry needs a random number
+    continues        the entries are those of the step before, all decode again, and no row is new: each is a position
+                     further, and its token is the one that it sampled then
     """
 
     step: int
@@ -70,6 +72,7 @@ class Plan:
     block_ids_U: Ints
     params: RowParams
     all_greedy: bool
+    continues: bool = False
 
     @property
     def decode_only(self) -> bool:

@@ -77,6 +77,7 @@ class Scheduler:
         self._retired_step = -1
         self._decoding = self._prefilling = _EMPTY  # running rows, oldest first; rebuilt when a row changes state
         self._steady = RowSet.of(self.rows, _EMPTY)  # the same rows as _decoding
+        self._continued: RowSet | None = None  # what the newest step ran, if that was all
         self._rows_changed = False
 
     # ---------------------------------------------------------------- intake
@@ -286,6 +287,7 @@ class Scheduler:
         """Advance the scheduled counts and freeze the decisions."""
         if decode_rows is self._steady.rows and not chunk_rows:
             return self._schedule_steady(grown[0])
+        self._continued = None
         table, step = self.rows, self._next_step
         rows, counts = decode_rows, np.ones_like(decode_rows)
         blocks, params, num_decodes = grown[0], NO_PARAMS, rows.size
@@ -329,6 +331,7 @@ class Scheduler:
         """_schedule for the running rows that decode, and no others: the common case, in fewer calls."""
         table, step, steady = self.rows, self._next_step, self._steady
         rows = steady.rows
+        continues, self._continued = steady is self._continued, steady
         starts = table.computed[rows]
         lengths = starts + 1  # what decodes has one token left to compute
         after = lengths + 1
@@ -351,6 +354,7 @@ class Scheduler:
             block_ids_U=blocks[2],
             params=NO_PARAMS,
             all_greedy=steady.all_greedy,
+            continues=continues,
         )
 
     def _count_step(self, ending: Ints) -> None:
@@ -412,6 +416,7 @@ class Scheduler:
         ).tolist():
             self.stats.recomputed_tokens += int(self.rows.computed[row])
             self._drain(row, RowState.PREEMPTED)
+        self._continued = None  # the device has not seen the skipped ones
         for plan in (failed, *skipped):
             self._retire(plan.step)
         self.stats.failed_steps += 1

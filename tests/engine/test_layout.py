@@ -14,8 +14,8 @@ def shapes(max_tokens: int, max_rows: int, max_updates: int) -> Iterator[StepSha
     """All that a step of these limits can have."""
     for tokens, updates in product(range(1, max_tokens + 1), range(max_updates + 1)):
         for entries in range(1, min(tokens, max_rows) + 1):
-            for samples, admitted in product(range(entries + 1), repeat=2):
-                yield StepShape(tokens, entries, samples, updates, admitted)
+            for decodes, samples, admitted in product(range(entries + 1), repeat=3):
+                yield StepShape(tokens, decodes, entries, samples, updates, admitted)
 
 
 @pytest.mark.parametrize(("max_tokens", "max_rows", "max_updates"), [(2, 1, 0), (4, 3, 2), (7, 2, 5), (9, 4, 1)])

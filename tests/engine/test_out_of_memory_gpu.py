@@ -55,7 +55,14 @@ class LargeModel(HashModel):
 @pytest.mark.parametrize("graphs", [True, False])
 def test_somebody_else_takes_the_memory_and_smaller_steps_go_on(lookahead: int, graphs: bool):
     config = EngineConfig(
-        lookahead=lookahead, max_rows=6, max_batch_tokens=64, block_size=4, num_blocks=200, graphs=graphs, device="cuda"
+        lookahead=lookahead,
+        max_rows=6,
+        max_batch_tokens=64,
+        block_size=4,
+        num_blocks=200,
+        graphs=graphs,
+        graph_tokens=0,
+        device="cuda",
     )
     with ScarceHarness(config, LargeModel(device=GPU), open_device("cuda")) as engine:
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gapless.attention.base import HeadRotation, LayerKV
-from gapless.attention.scenario import make_scenario
+from gapless.attention.scenario import make_scenario, pad_mixed
 from gapless.attention.torch_reference import TorchAttention
 from gapless.attention.triton_paged import TritonAttention
 from gapless.device.cpu import CpuDevice
@@ -91,6 +91,18 @@ def test_attention_equals_the_reference_on_random_lengths(seed: int):
     torch.testing.assert_close(
         TritonAttention(MULTIPROCESSORS).attend(*args), REFERENCE.attend(*args), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of padding that reads poison
+@pytest.mark.parametrize("sizes", [(3, 5, 30), (0, 1, 0), (2, 0, 1), (0, 150, 7)])
+def test_attention_in_a_larger_step_is_that_of_the_step_itself(sizes: tuple[int, int, int]):
+    decodes, entries, tokens = sizes
+    scenario = make_scenario([1, 1, 7, 40, 2], [90, 20, 40, 41, 100], heads=(6, 2), head_dim=32)
+    larger, at_T = pad_mixed(scenario, decodes=decodes, entries=entries, tokens=tokens)
+    exact_TND = REFERENCE.attend(scenario.q_TND, scenario.kv, scenario.batch, 0.2)
+    for attention in (TritonAttention(MULTIPROCESSORS), TorchAttention()):
+        out_TND = attention.attend(larger.q_TND, larger.kv, larger.batch, 0.2)
+        torch.testing.assert_close(out_TND[at_T], exact_TND, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_in_half_precision_stays_close_to_float32():
@@ -235,26 +247,51 @@ def test_a_norm_between_two_maps_equals_torch(sizes: tuple[int, int, int], tiles
 @pytest.mark.parametrize("sizes", [(5, 0, 0, 5), (300, 7, 3, 4), (1, 1, 0, 0), (3, 400, 300, 2)])
 def test_both_ends_of_a_step_equal_the_plain_runner(sizes: tuple[int, int, int, int]):
     tokens, updates, admitted, samples = sizes
-    shape = StepShape(tokens, samples, samples, updates, admitted)
-    generator = torch.Generator().manual_seed(tokens)
+    check_both_ends(StepShape(tokens, 0, samples, samples, updates + 5, admitted), updates)
+
+
+@pytest.mark.parametrize("entries", [1, 32, 300])
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.parametrize("continues", [False, True])
+def test_both_ends_of_a_decode_step_equal_the_plain_runner(entries: int, updates: int, continues: bool):
+    check_both_ends(StepShape.decode(entries), updates, continues=continues)
+
+
+def check_both_ends(shape: StepShape, updates: int, *, continues: bool = False) -> None:
+    generator = torch.Generator().manual_seed(shape.tokens)
     rows, columns = 1000, 50
     packed = torch.randint(1, rows, (sections_of(shape).total,), generator=generator, dtype=torch.int32)
-    inputs = StepInputs.of(packed, shape)
-    inputs.tokens_T[::2] = -1
-    for each in (inputs.block_rows_U, inputs.param_rows_A, inputs.sample_rows_S):
-        each.copy_(torch.randperm(rows, generator=generator)[: len(each)])
-    inputs.block_columns_U.remainder_(columns)
     results = list[tuple[Tensor, ...]]()
     for kind in (Runner, TritonRunner):
         tables = DeviceTables.allocate(rows, columns, torch.device("cpu"))
         tables.last_token_R.copy_(torch.arange(rows) + 5)
+        decoding = torch.randperm(rows - 1, generator=torch.Generator().manual_seed(1)).int()
+        tables.decodes.rows_E.copy_(decoding)
+        tables.decodes.positions_E.copy_(decoding % 700)
+        tables.decodes.rows_E[shape.entries // 2 :] = tables.scratch_row
+        tables.decodes.positions_E[shape.entries // 2 :] = 0
+        inputs = StepInputs.of(packed, shape, tables.decodes)
+        inputs.header_2.copy_(torch.tensor([continues, updates]))
+        inputs.tokens_T[::2] = -1
+        inputs.updates_3U[: 3 * updates].view(3, updates)[1].remainder_(columns)
+        for each in (inputs.updates_3U[:updates], inputs.param_rows_A, packed[sections_of(shape).sample_rows_S]):
+            each.copy_(torch.randperm(rows, generator=torch.Generator().manual_seed(2))[: len(each)])
         runner = object.__new__(kind)  # streams and a model have no part in it
-        runner.tables = tables
-        slot = Slot(0, CpuDevice(), 1, samples)
+        runner.tables, runner.scratch_row = tables, tables.scratch_row
+        slot = Slot(0, CpuDevice(), 1, shape.samples)
         tokens_T = runner.unpack(inputs, shape)
-        runner.store(inputs, slot, torch.arange(samples, dtype=torch.int32) + 7)
-        sampling = tuple(table for _, table in tables.sampling.by_name())
-        results.append((tokens_T, tables.block_table_RC, tables.last_token_R, slot.device_out, *sampling))
+        stored = torch.arange(shape.samples, dtype=torch.int32) + 7
+        if not continues:  # padding stores several tokens in one place
+            runner.store(inputs, slot, stored)
+        results.append(
+            (
+                tokens_T,
+                tables.block_table_RC,
+                tables.last_token_R,
+                slot.device_out,
+                *(table for _, table in (*tables.sampling.by_name(), *tables.decodes.by_name())),
+            )
+        )
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
 
 

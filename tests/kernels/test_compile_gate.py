@@ -41,12 +41,12 @@ TYPES = {
         ("rows_E", "kv_len_E", "query_start_E1", "block_table_RC", "token_rows_T", "positions_T", "arrived_P"), "*i32"
     ),
     **dict.fromkeys(("partial_UGD", "partial_lse_UG", "rope_PD"), "*fp32"),
-    **dict.fromkeys(("table_stride", "q_stride", "entries", "wanted", "min_span", "num_decodes"), "i32"),
+    **dict.fromkeys(("table_stride", "q_stride", "entries", "wanted", "min_span", "num_decodes", "num_entries"), "i32"),
     **dict.fromkeys(("eps", "scale_log2"), "fp32"),
     **dict.fromkeys(("tokens", "inputs", "outputs", "half", "parts"), "i32"),
     **dict.fromkeys(("partial", "squares_PT", "new_squares_PT"), "*fp32"),
     **dict.fromkeys(("arrived",), "*i32"),
-    **dict.fromkeys(("updates", "admitted", "samples"), "i32"),
+    **dict.fromkeys(("admitted", "samples", "scratch_row"), "i32"),
     **dict.fromkeys(("temperature_R", "top_p_R", "min_p_R", "temperature_A", "top_p_A", "min_p_A"), "*fp32"),
 }
 Case = tuple[Any, dict[str, int | bool], dict[str, int]]
@@ -152,7 +152,8 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "prefill-256": lambda amd: prefill(256, 1, 2, amd),
     "rms_norm": rms_norm,
     "silu_mul": silu_mul,
-    "unpack": lambda _: (unpack_kernel, {"BLOCK": 256}, {"num_warps": 4}),
+    "unpack": lambda _: (unpack_kernel, {"BLOCK": 256, "DECODES": False}, {"num_warps": 4}),
+    "unpack-decodes": lambda _: (unpack_kernel, {"BLOCK": 256, "DECODES": True}, {"num_warps": 4}),
     "store_sampled": lambda _: (store_sampled_kernel, {"BLOCK": 256}, {"num_warps": 4}),
     "rope_append-128": lambda _: rope_append(128),
     "rope_append-80": lambda _: rope_append(80),

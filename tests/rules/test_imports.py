@@ -41,9 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "trace": ENGINE | {"spans", "trace"},
 }
 ENGINE_LAYERS = [
+    "tables",
     "layout",
     "slots",
-    "tables",
     "accesses",
     "graphs",
     "fill",

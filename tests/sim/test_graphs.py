@@ -24,7 +24,18 @@ class _Remembers(RigRunner):
         super().launch(plan, slot, shape)
 
 
-def test_a_decode_step_is_replayed_in_the_smallest_bucket_that_fits_and_no_other_step_is():
+def holds(shape: StepShape, plan: Plan) -> bool:
+    chunks, new = plan.rows_E.size - plan.num_decodes, plan.params.rows_A.size
+    return (
+        shape.decodes >= plan.num_decodes
+        and shape.tokens - shape.decodes >= plan.num_tokens - plan.num_decodes
+        and shape.entries - shape.decodes >= chunks
+        and min(shape.samples, shape.admitted) >= max(plan.num_samples, new)
+        and shape.updates >= plan.block_ids_U.size
+    )
+
+
+def test_a_step_is_replayed_in_the_smallest_shape_that_fits_and_no_other_step_is():
     seen: Counter[str] = Counter()
     for seed in SEEDS:
         schedule = generate(seed)
@@ -37,13 +48,22 @@ def test_a_decode_step_is_replayed_in_the_smallest_bucket_that_fits_and_no_other
         for step, (plan, shape) in launched.items():
             rows = plan.rows_E.size
             bucket = min((each for each in schedule.buckets if each >= rows), default=None)
-            if bucket is None or not plan.decode_only:
+            mixed = [each for each in schedule.mixed if holds(each, plan)]
+            if not plan.decode_only and mixed:
+                kind = "replay"
+                assert shape in mixed
+                assert shape.tokens == min(each.tokens for each in mixed)
+                seen["mixed"] += 1
+                seen["apart"] += shape.decodes > plan.num_decodes > 0
+            elif bucket is None or not plan.decode_only:
                 kind = "compute"
                 assert (shape.tokens, shape.entries) == (plan.num_tokens, rows)
             else:
                 kind = "replay"
+                seen["continues"] += plan.continues
                 assert shape == StepShape.decode(bucket)
                 seen["padded" if rows < bucket else "exact"] += 1
             assert ran.get(step, kind) == kind  # one that never ran failed, or was launched behind one that did
             seen[kind] += step in ran
-    assert min(seen[kind] for kind in ("padded", "exact", "replay", "compute")) > 20, seen
+    kinds = ("padded", "exact", "mixed", "apart", "continues", "replay", "compute")
+    assert min(seen[kind] for kind in kinds) > 20, seen

@@ -67,6 +67,7 @@ class HashModel:
     vocab_size = VOCAB
     eos_token_ids: tuple[int, ...] = (EOS,)
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
+    num_weights = 0
     dtype = torch.float32
 
     def __init__(self, max_position: int = 128, device: torch.device | None = None) -> None:
@@ -95,7 +96,13 @@ class HashModel:
         hashes_T = (terms_TL * valid_TL).sum(1) % _PRIME + misplaced_T * MISPLACED
         return hashes_T.masked_fill_((before_T >= batch.max_query) & ~decode_T, NOT_COMPUTED)[:, None]
 
-    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+    def prepare(
+        self,
+        batch_sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
+    ) -> None:
         """There is nothing to choose."""
 
     def logits(self, hidden_EH: Tensor) -> Tensor:

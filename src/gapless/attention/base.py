@@ -25,13 +25,14 @@ from torch import Tensor
 class AttentionBatch:
     """Which tokens this step computes and which KV they see.
 
-    Entries with exactly one query token come first (`num_decodes` of them), then those with more.
+    Entries with exactly one query token come first (`num_decodes` of them), then those with more. Padding is decodes of
+    the scratch row, entries with no token at the end, and tokens of no entry behind them: what these get is undefined.
     A query token at position p of its sequence sees positions 0..p, its own included.
     The integers are known on the host and are constants inside a graph; the tensors are not.
     """
 
     rows_E: Tensor  # int32: table row of each entry
-    query_start_E1: Tensor  # int32[E + 1]: first token of each entry, then T
+    query_start_E1: Tensor  # int32[E + 1]: first token of each entry, then the number of tokens that entries have
     kv_len_E: Tensor  # int32: tokens of the sequence once this step has been appended
     token_rows_T: Tensor  # int32: table row of each token
     positions_T: Tensor  # int32: position of each token in its sequence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +103,37 @@ def make_scenario(
     kv = LayerKV(cache(), cache())
     q_TND = normal(len(batch.positions_T), num_heads, head_dim).to(dtype)
     return Scenario(q_TND, kv, _to(batch, device), padding)
+
+
+def pad_mixed(scenario: Scenario, *, decodes: int, entries: int, tokens: int) -> tuple[Scenario, Tensor]:
+    """The same step as a larger one: with decodes of padding before the chunks, entries of no token after them, and
+    tokens of no entry behind all. Returns the places of the step's own tokens, too."""
+    batch, device = scenario.batch, scenario.q_TND.device
+    own, ends = batch.num_decodes, batch.query_start_E1
+    scratch = batch.block_table_RC.shape[0] - 1
+    num_tokens = len(scenario.q_TND)
+    at_T = torch.arange(num_tokens, device=device)
+    at_T[own:] += decodes
+
+    def apart(values: Tensor, padding: int, behind: int) -> Tensor:
+        middle, end = torch.full((decodes,), padding).to(values), torch.full((behind,), padding).to(values)
+        return torch.cat([values[:own], middle, values[own:], end])
+
+    counted = torch.arange(own + decodes, dtype=torch.int32, device=device)
+    chunk_ends = ends[own:] + decodes
+    larger = replace(
+        batch,
+        rows_E=apart(batch.rows_E, scratch, entries),
+        kv_len_E=apart(batch.kv_len_E, 1, entries),
+        query_start_E1=torch.cat([counted, chunk_ends, chunk_ends[-1:].expand(entries)]),
+        token_rows_T=apart(batch.token_rows_T, scratch, tokens),
+        positions_T=apart(batch.positions_T, 0, tokens),
+        num_decodes=own + decodes,
+        max_query=num_tokens - own + tokens,
+    )
+    q_TND = scenario.q_TND.new_zeros((num_tokens + decodes + tokens, *scenario.q_TND.shape[1:]))
+    q_TND[at_T] = scenario.q_TND
+    return Scenario(q_TND, scenario.kv, larger, decodes), at_T
 
 
 def _to(batch: AttentionBatch, device: torch.device) -> AttentionBatch:

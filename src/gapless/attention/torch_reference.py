@@ -66,9 +66,14 @@ class TorchAttention:
         if self._step is None or self._step.batch is not batch:
             self._step = _index_step(kv, batch)
         step = self._step
-        outs = [_decode_all(q_TND[: batch.num_decodes], kv, step, scale)] if batch.num_decodes else []
-        outs += [_prefill(q_TND[chunk.span], kv, chunk, scale) for chunk in step.chunks]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if batch.num_decodes == len(q_TND):
+            return _decode_all(q_TND, kv, step, scale)
+        out_TND = torch.zeros_like(q_TND)  # tokens of no entry are padding
+        if batch.num_decodes:
+            out_TND[: batch.num_decodes] = _decode_all(q_TND[: batch.num_decodes], kv, step, scale)
+        for chunk in step.chunks:
+            out_TND[chunk.span] = _prefill(q_TND[chunk.span], kv, chunk, scale)
+        return out_TND
 
     def rotate_and_attend(
         self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch, scale: float
@@ -132,6 +137,8 @@ def _chunks(kv: LayerKV, batch: AttentionBatch) -> list[_Chunk]:
     chunks: list[_Chunk] = []
     for entry in range(batch.num_decodes, num_entries):
         length, queries = lengths[entry], starts[entry + 1] - starts[entry]
+        if not queries:
+            continue
         blocks_1C = batch.block_table_RC.index_select(0, batch.rows_E[entry : entry + 1])[
             :, : -(-length // kv.block_size)
         ]

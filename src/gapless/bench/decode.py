@@ -9,6 +9,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gapless.bench.ceilings import read_rate
 from gapless.bench.environment import environment
 from gapless.bench.floors import DecodeFloor, decode_floor
@@ -78,14 +81,18 @@ class DecodeBench:
         self.random = RandomEngine(shape, replace(config, num_blocks=blocks, max_model_len=length), trace)
 
     def warm_up(self, lookahead: int) -> None:
-        self._generate(lookahead, replace(self.workload, new_tokens=min(self.workload.new_tokens, WARM_UP_TOKENS)))
+        self.random.engine.set_lookahead(lookahead)
+        short = replace(self.workload, new_tokens=min(self.workload.new_tokens, WARM_UP_TOKENS))
+        self._generate(self._prompts(short), short)
 
     def run(self, lookahead: int) -> DecodeRun:
         """Generate everything once, timed."""
         engine = self.random.engine
+        engine.set_lookahead(lookahead)
+        prompts = self._prompts(self.workload)
         before = engine.stats()
         begin = time.perf_counter()
-        checksum = self._generate(lookahead, self.workload)
+        checksum = self._generate(prompts, self.workload)
         seconds = time.perf_counter() - begin
         busy = (engine.stats().busy_seconds - before.busy_seconds) / seconds
         return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=checksum)
@@ -98,8 +105,10 @@ class DecodeBench:
             prompt_len=self.workload.prompt_len + skipped,
             new_tokens=min(self.workload.new_tokens - skipped, TRACE_STEPS + TRACE_LEAD),
         )
+        self.random.engine.set_lookahead(lookahead)
+        prompts = self._prompts(part)
         with KernelTrace() as trace:
-            self._generate(lookahead, part)
+            self._generate(prompts, part)
         return summarise(trace.events(), TRACE_STEPS)
 
     def floor(self) -> DecodeFloor:
@@ -111,10 +120,11 @@ class DecodeBench:
     def close(self) -> None:
         self.random.close()
 
-    def _generate(self, lookahead: int, workload: Workload) -> int:
+    def _prompts(self, workload: Workload) -> list[NDArray[np.int32]]:
+        return self.random.random_prompts([workload.prompt_len] * workload.requests)
+
+    def _generate(self, prompts: list[NDArray[np.int32]], workload: Workload) -> int:
         """Run a workload to its end; returns a checksum of all its tokens."""
-        self.random.engine.set_lookahead(lookahead)
-        prompts = self.random.random_prompts([workload.prompt_len] * workload.requests)
         return self.random.generate(self.random.requests(prompts, [workload.new_tokens] * workload.requests))
 
 

@@ -16,6 +16,7 @@ class TinyModel:
     max_position = 2**20
     eos_token_ids: tuple[int, ...] = ()
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
+    num_weights = 0
 
     def __init__(self, vocab_size: int = 32000) -> None:
         self.vocab_size = vocab_size
@@ -26,5 +27,11 @@ class TinyModel:
     def logits(self, hidden_EH: Tensor) -> Tensor:
         return torch.zeros(hidden_EH.shape[0], self.vocab_size)
 
-    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+    def prepare(
+        self,
+        batch_sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
+    ) -> None:
         return

@@ -36,21 +36,32 @@ def copy_out_accesses(slot: Slot) -> list[Access]:
 def compute_accesses(slot: Slot, shape: StepShape, tables: DeviceTables, kv: Sequence[LayerKV]) -> Generator[Access]:
     """Of the compute stage: a row's block table after the step's own deltas says which KV blocks it reads."""
     yield Access(f"device in {slot.letter}", slot.device_in, None, False)
-    inputs = StepInputs.of(slot.device_in, shape)
+    inputs = StepInputs.of(slot.device_in, shape, tables.decodes)
     token_rows_T, positions_T = inputs.token_rows_T.numpy(), inputs.positions_T.numpy()
-    sample_rows_S, updated_U = inputs.sample_rows_S.numpy(), inputs.block_rows_U.numpy()
+    rows_E, lengths_E = inputs.rows_E.numpy(), inputs.kv_len_E.numpy()
+    sample_rows_S = inputs.sample_rows_S.numpy()
+    updated_U, columns_U, ids_U = (each.numpy() for each in inputs.block_updates())
+    if shape.decodes_only:
+        for name, table in tables.decodes.by_name():
+            yield Access(name, table, None, False)
+            yield Access(name, table, None, True)
+        if inputs.continues():
+            positions_T = positions_T + (rows_E != tables.scratch_row)
+        else:
+            rows_E = token_rows_T = sample_rows_S = inputs.sent_rows_E.numpy()
+            positions_T = inputs.sent_positions_E.numpy()
+        lengths_E = positions_T + 1
     yield Access("block table", tables.block_table_RC, updated_U, True)
-    yield Access("block table", tables.block_table_RC, token_rows_T, False)
+    yield Access("block table", tables.block_table_RC, np.union1d(token_rows_T, rows_E), False)
     yield Access("last token", tables.last_token_R, token_rows_T, False)
     yield Access("last token", tables.last_token_R, sample_rows_S, True)
     for name, table in tables.sampling.by_name():
         yield Access(name, table, inputs.param_rows_A.numpy(), True)
         yield Access(name, table, sample_rows_S, False)
     table_RC = tables.block_table_RC.numpy().copy()
-    table_RC[updated_U, inputs.block_columns_U.numpy()] = inputs.block_ids_U.numpy()
+    table_RC[updated_U, columns_U] = ids_U
     block_size = kv[0].block_size
-    lengths_E1 = inputs.kv_len_E.numpy()[:, None]
-    read_blocks = table_RC[inputs.rows_E.numpy()][np.arange(table_RC.shape[1]) < -(-lengths_E1 // block_size)]
+    read_blocks = table_RC[rows_E][np.arange(table_RC.shape[1]) < -(-lengths_E[:, None] // block_size)]
     written_blocks = table_RC[token_rows_T, positions_T // block_size]
     for layer, cache in enumerate(kv):
         for name, tensor in (("keys", cache.k_BKSD), ("values", cache.v_BKSD)):

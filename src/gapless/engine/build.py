@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -15,8 +17,8 @@ from gapless.device.base import Device, Graph, Stream
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.core import Engine
 from gapless.engine.fill import fill
-from gapless.engine.graphs import GraphTable, default_buckets
-from gapless.engine.layout import StepShape, packed_capacity
+from gapless.engine.graphs import GraphTable, default_buckets, mixed_shapes
+from gapless.engine.layout import StepShape, packed_capacity, sections_of
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Extent, Runner, copy_in
 from gapless.engine.slots import Slot, SlotRing
@@ -29,7 +31,11 @@ from gapless.sampling.base import Sampler
 from gapless.scheduler import Scheduler
 
 CPU_KV_CACHE_BYTES = 2 * 2**30  # the default on the cpu device, where pages cost memory only once written
+GRAPH_WORK = 10**13
+"""Weights times tokens of the largest mixed step that is captured: about 30 ms on an H100, which launching a step
+without a graph may cost the host. A longer one gives the host time enough."""
 _TIMED_REPLAYS = 10
+_log = logging.getLogger(__name__)
 _SMALLEST_CACHE = 2  # blocks: the null block and one more
 
 
@@ -60,12 +66,15 @@ def build_loop(
     """The loop without its thread, for those who step it themselves, and the sizes it was built with."""
     max_model_len = _context_limit(model, config)
     activation = _measure_activation(model, config, device, sampler, dtype, max_model_len)
-    num_blocks = _count_blocks(model.kv_spec, config, device, dtype, activation)
+    budget = config.token_budget(on_cpu=device.torch_device.type == "cpu")
+    graph_tokens = _graph_tokens(model, config, budget)
+    beside = activation + activation * graph_tokens // budget  # graphs keep what their steps need
+    num_blocks = _count_blocks(model.kv_spec, config, device, dtype, beside)
     if config.max_model_len is None:
         max_model_len = min(max_model_len, (num_blocks - 1) * config.block_size)
     limits = SchedulerLimits(
         max_rows=config.max_rows,
-        max_batch_tokens=config.token_budget(on_cpu=device.torch_device.type == "cpu"),
+        max_batch_tokens=budget,
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -73,8 +82,11 @@ def build_loop(
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
     runner, slots = _build_runner(model, config, device, sampler, kv, limits, parts)
     if config.graphs and device.captures_graphs:
-        model.prepare(runner.graphs.buckets, lambda work: _replay_seconds(device, runner.compute, work))
+        decodes, mixed = _sizes(runner.graphs)
+        model.prepare(decodes, lambda work: _replay_seconds(device, runner.compute, work), also=mixed)
+        begin = perf_counter()
         runner.graphs.capture(slots.slots, capturer(runner, limits))
+        _log.info("captured graphs of %d shapes in %.1f s", len(runner.graphs.shapes), perf_counter() - begin)
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return parts.loop(parts.scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
 
@@ -95,12 +107,37 @@ def _build_runner(
     limits: SchedulerLimits,
     parts: Parts,
 ) -> tuple[Runner, SlotRing]:
-    capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
-    slots = parts.slots(device, config.lookahead + 1, capacity, limits.max_rows)
-    tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
     on = config.graphs and device.captures_graphs
-    graphs = GraphTable((config.graph_buckets or default_buckets(limits.max_rows)) if on else ())
+    graphs = _graph_table(model, config, limits) if on else GraphTable(())
+    slots = parts.slots(device, config.lookahead + 1, slot_capacity(graphs, limits), limits.max_rows)
+    tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
     return _runner_for(device)(model, device, sampler, kv, tables, graphs), slots
+
+
+def _graph_table(model: Model, config: EngineConfig, limits: SchedulerLimits) -> GraphTable:
+    buckets = config.graph_buckets or default_buckets(limits.max_rows)
+    tokens = _graph_tokens(model, config, limits.max_batch_tokens)
+    return GraphTable(buckets, mixed_shapes(limits.max_rows, tokens, limits.max_block_updates))
+
+
+def _graph_tokens(model: Model, config: EngineConfig, budget: int) -> int:
+    """Most tokens in chunks of a captured step, of at most `budget` tokens."""
+    if not config.graphs:
+        return 0
+    by_size = GRAPH_WORK // max(model.num_weights, 1)
+    return min(by_size if config.graph_tokens is None else config.graph_tokens, budget)
+
+
+def slot_capacity(graphs: GraphTable, limits: SchedulerLimits) -> int:
+    """int32 elements that a slot's inputs can need, with a graph or without."""
+    without = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
+    return max([without, *(sections_of(shape).total for shape in graphs.mixed)])
+
+
+def _sizes(graphs: GraphTable) -> tuple[list[int], list[int]]:
+    """Numbers of tokens in captured steps that only decode, and the other numbers of tokens and samples in the rest."""
+    mixed = {size for shape in graphs.mixed for size in (shape.tokens, shape.samples)}
+    return list(graphs.buckets), sorted(mixed - {*graphs.buckets})
 
 
 def _runner_for(device: Device) -> type[Runner]:
@@ -112,10 +149,10 @@ def _runner_for(device: Device) -> type[Runner]:
 
 
 def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
-    """For GraphTable.capture: what captures a decode step of padding on a slot."""
+    """For GraphTable.capture: what captures a step of padding on a slot."""
 
     def capture(slot: Slot, shape: StepShape) -> Graph:
-        extent = Extent(num_decodes=shape.entries, max_query=1, max_kv=limits.max_model_len, all_greedy=False)
+        extent = Extent(max(1, shape.chunk_tokens), limits.max_model_len, all_greedy=False)
         fill(empty_plan(), _no_tokens(), slot.packed, shape, runner.scratch_row)
         return runner.capture(slot, shape, extent)
 
@@ -194,16 +231,16 @@ def _measure_activation(
         num_tokens=sum(chunks),
         num_decodes=sum(count == 1 for count in chunks),
     )
-    shape = StepShape(plan.num_tokens, len(chunks), len(chunks), 0, 0)
+    shape = StepShape.of(plan)
     kv = model.kv_spec.allocate(_SMALLEST_CACHE, config.block_size, dtype, device.torch_device)
-    tables = DeviceTables.allocate(1, columns, device.torch_device)
+    tables = DeviceTables.allocate(config.max_rows + 1, columns, device.torch_device)
     slot = Slot(0, device, packed_capacity(tokens, config.max_rows, 0), config.max_rows)
     runner = _runner_for(device)(model, device, sampler, kv, tables, GraphTable(()))
     fill(plan, np.zeros((1, max_model_len), dtype=np.int32), slot.packed, shape, 0)
-    extent = Extent(plan.num_decodes, max(chunks), max(chunks), all_greedy=False)
+    extent = Extent(max(chunks), max(chunks), all_greedy=False)
 
     def largest_step() -> None:
-        copy_in(slot, shape)
+        copy_in(slot, sections_of(shape).total)
         runner.compute_step(slot, shape, extent)
 
     before = device.peak_bytes(reset=True)

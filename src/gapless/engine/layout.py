@@ -8,15 +8,21 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from gapless.engine.tables import DecodeTables
+from gapless.plan import Plan
+
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """Counts that fix the layout and, on the device, the shapes: what a graph is captured for.
 
-    tokens T, entries E, samples S, block updates U, rows with new parameters A.
+    tokens T, entries E, samples S, most block updates U, rows with new parameters A. The first `decodes` of the entries
+    and of the tokens are for entries with one token: where there are fewer of them, padding stands between them and
+    the chunks.
     """
 
     tokens: int
+    decodes: int
     entries: int
     samples: int
     updates: int
@@ -26,18 +32,45 @@ class StepShape:
     @cache
     def decode(cls, bucket: int) -> StepShape:
         """A step of `bucket` rows that decode one token each; none is new, each may gain a block."""
-        return cls(bucket, bucket, bucket, bucket, 0)
+        return cls(bucket, bucket, bucket, bucket, bucket, 0)
+
+    @classmethod
+    def of(cls, plan: Plan) -> StepShape:
+        """Without padding."""
+        return cls(
+            tokens=plan.num_tokens,
+            decodes=plan.num_decodes,
+            entries=plan.rows_E.size,
+            samples=plan.num_samples,
+            updates=plan.block_ids_U.size,
+            admitted=plan.params.rows_A.size,
+        )
 
     @property
     def decodes_only(self) -> bool:
-        """Every entry has one token, and samples."""
-        return self.tokens == self.entries == self.samples
+        """Every entry has one token, and samples; no row is new."""
+        return self.tokens == self.decodes == self.samples and not self.admitted
+
+    @property
+    def chunks(self) -> int:
+        """Entries after the decodes."""
+        return self.entries - self.decodes
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.tokens - self.decodes
 
 
 @dataclass(frozen=True, slots=True)
 class Sections:
-    """[begin, end) of each input in the packed int32 buffer. float32 and 64-bit values keep their bits."""
+    """[begin, end) of each input in the packed int32 buffer. float32 and 64-bit values keep their bits.
 
+    header_2     whether the decodes of the step before go on, a position later; how many block updates there are
+    updates_3U   their rows, then their columns, then their blocks, with nothing between
+    """
+
+    header_2: slice
+    updates_3U: slice
     tokens_T: slice
     token_rows_T: slice
     positions_T: slice
@@ -47,9 +80,6 @@ class Sections:
     sample_tokens_S: slice  # index in T of the token whose hidden state is sampled from
     sample_rows_S: slice
     sample_positions_S: slice  # position that the sampled token will have
-    block_rows_U: slice
-    block_columns_U: slice
-    block_ids_U: slice
     param_rows_A: slice
     temperature_A: slice
     top_k_A: slice
@@ -59,46 +89,63 @@ class Sections:
     total: int
 
 
-# The buckets of decode steps come again and again. Other shapes hardly do, and would only pile up in a larger cache.
-@lru_cache(maxsize=64)
-def sections_of(shape: StepShape) -> Sections:
-    """The layout of a shape; tokens, then entries, samples, updates and parameters.
+HEADER = 2
+_NOWHERE = slice(0, 0)
 
-    Where every entry has one token and samples, sections with equal contents are one and the same: an entry's row is
-    its token's and its sample's, its length is the position that is sampled for.
+
+# The shapes of graphs come again and again. Other shapes hardly do, and would only pile up in a larger cache.
+@lru_cache(maxsize=128)
+def sections_of(shape: StepShape) -> Sections:
+    """The layout of a shape.
+
+    Of decodes only, rows and positions are all that is sent, since the rest follows; block updates come before them, so
+    that a step whose decodes go on sends nothing else. Otherwise block updates are the last, as a step may have few.
     """
     t, e, s, u, a = shape.tokens, shape.entries, shape.samples, shape.updates, shape.admitted
-    sizes = {"tokens_T": t, "token_rows_T": t, "positions_T": t}
+    tokens = {"tokens_T": t, "token_rows_T": t, "positions_T": t}
+    updates = {"updates_3U": 3 * u}
     if shape.decodes_only:
-        sizes |= {"kv_len_E": e, "query_start_E1": e + 1}
+        sizes = {"header_2": HEADER, **updates, **tokens}
     else:
-        sizes |= {"rows_E": e, "kv_len_E": e, "query_start_E1": e + 1}
-        sizes |= {"sample_tokens_S": s, "sample_rows_S": s, "sample_positions_S": s}
-    sizes |= {"block_rows_U": u, "block_columns_U": u, "block_ids_U": u}
-    sizes |= {"param_rows_A": a, "temperature_A": a, "top_k_A": a, "top_p_A": a, "min_p_A": a, "seed_A2": 2 * a}
-    slices: dict[str, slice] = {}
+        entries = {"rows_E": e, "kv_len_E": e, "query_start_E1": e + 1}
+        samples = {"sample_tokens_S": s, "sample_rows_S": s, "sample_positions_S": s}
+        params = {"param_rows_A": a, "temperature_A": a, "top_k_A": a, "top_p_A": a, "min_p_A": a, "seed_A2": 2 * a}
+        sizes = {"header_2": HEADER, **tokens, **entries, **samples, **params, **updates}
+    slices = {name: _NOWHERE for name in Sections.__slots__ if name != "total"}
     begin = 0
     for name, size in sizes.items():
         slices[name] = slice(begin, begin + size)
         begin += size
-    if shape.decodes_only:
-        starts = slices["query_start_E1"]
-        slices["rows_E"] = slices["sample_rows_S"] = slices["token_rows_T"]
-        slices["sample_tokens_S"] = slice(starts.start, starts.stop - 1)
-        slices["sample_positions_S"] = slices["kv_len_E"]
     return Sections(**slices, total=begin)
+
+
+def sent_size(plan: Plan, shape: StepShape) -> int:
+    """How much of the packed buffer a step copies."""
+    at = sections_of(shape)
+    updates = 3 * plan.block_ids_U.size
+    if plan.continues or not shape.decodes_only:
+        return at.updates_3U.start + updates
+    return at.total
 
 
 def packed_capacity(max_tokens: int, max_rows: int, max_updates: int) -> int:
     """int32 elements that the largest step of these limits can need."""
-    return 3 * max_tokens + 6 * max_rows + 1 + 3 * max_updates + 7 * max_rows
+    return HEADER + 3 * max_tokens + 6 * max_rows + 1 + 3 * max_updates + 7 * max_rows
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Device views of the sections, one tensor each; see Sections. seed_A2 holds (low, high) words."""
+    """A step's inputs on the device, one tensor each; see Sections. seed_A2 holds (low, high) words.
 
+    Where all entries decode, rows, positions and lengths are those of the device's own tables, which `sent_rows_E` and
+    `sent_positions_E` bring up to date unless the decodes go on; else these two are empty.
+    """
+
+    header_2: Tensor
+    updates_3U: Tensor
     tokens_T: Tensor
+    sent_rows_E: Tensor
+    sent_positions_E: Tensor
     token_rows_T: Tensor
     positions_T: Tensor
     rows_E: Tensor
@@ -107,9 +154,6 @@ class StepInputs:
     sample_tokens_S: Tensor
     sample_rows_S: Tensor
     sample_positions_S: Tensor
-    block_rows_U: Tensor
-    block_columns_U: Tensor
-    block_ids_U: Tensor
     param_rows_A: Tensor
     temperature_A: Tensor
     top_k_A: Tensor
@@ -118,26 +162,46 @@ class StepInputs:
     seed_A2: Tensor
 
     @classmethod
-    def of(cls, packed: Tensor, shape: StepShape) -> StepInputs:
-        """Views of `packed`, an int32 device buffer filled in this shape's layout."""
+    def of(cls, packed: Tensor, shape: StepShape, decodes: DecodeTables) -> StepInputs:
+        """Views of `packed`, an int32 device buffer filled in this shape's layout, and of the tables."""
         at = sections_of(shape)
 
         def floats(section: slice) -> Tensor:
             return packed[section].view(torch.float32)
 
+        rows_T, positions_T = packed[at.token_rows_T], packed[at.positions_T]
+        if shape.decodes_only:
+            rows_E, lengths_E = decodes.rows_E[: shape.entries], decodes.lengths_E[: shape.entries]
+            sent = {"sent_rows_E": rows_T, "sent_positions_E": positions_T}
+            tokens = {"token_rows_T": rows_E, "positions_T": decodes.positions_E[: shape.entries]}
+            starts_E1 = decodes.numbers_E1[: shape.entries + 1]
+            entries = {"rows_E": rows_E, "kv_len_E": lengths_E, "query_start_E1": starts_E1}
+            samples = {
+                "sample_tokens_S": starts_E1[:-1],
+                "sample_rows_S": rows_E,
+                "sample_positions_S": lengths_E,
+            }
+        else:
+            sent = {"sent_rows_E": rows_T[:0], "sent_positions_E": positions_T[:0]}
+            tokens = {"token_rows_T": rows_T, "positions_T": positions_T}
+            entries = {
+                "rows_E": packed[at.rows_E],
+                "kv_len_E": packed[at.kv_len_E],
+                "query_start_E1": packed[at.query_start_E1],
+            }
+            samples = {
+                "sample_tokens_S": packed[at.sample_tokens_S],
+                "sample_rows_S": packed[at.sample_rows_S],
+                "sample_positions_S": packed[at.sample_positions_S],
+            }
         return cls(
+            header_2=packed[at.header_2],
+            updates_3U=packed[at.updates_3U],
             tokens_T=packed[at.tokens_T],
-            token_rows_T=packed[at.token_rows_T],
-            positions_T=packed[at.positions_T],
-            rows_E=packed[at.rows_E],
-            kv_len_E=packed[at.kv_len_E],
-            query_start_E1=packed[at.query_start_E1],
-            sample_tokens_S=packed[at.sample_tokens_S],
-            sample_rows_S=packed[at.sample_rows_S],
-            sample_positions_S=packed[at.sample_positions_S],
-            block_rows_U=packed[at.block_rows_U],
-            block_columns_U=packed[at.block_columns_U],
-            block_ids_U=packed[at.block_ids_U],
+            **sent,
+            **tokens,
+            **entries,
+            **samples,
             param_rows_A=packed[at.param_rows_A],
             temperature_A=floats(at.temperature_A),
             top_k_A=packed[at.top_k_A],
@@ -145,3 +209,13 @@ class StepInputs:
             min_p_A=floats(at.min_p_A),
             seed_A2=packed[at.seed_A2].view(-1, 2),
         )
+
+    def continues(self) -> bool:
+        """Whether the decodes of the step before go on. Reads the buffer: on a CPU only."""
+        return bool(self.header_2[0])
+
+    def block_updates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and blocks of the block updates. Reads the buffer: on a CPU only."""
+        count = int(self.header_2[1])
+        rows_U, columns_U, ids_U = self.updates_3U[: 3 * count].view(3, count)
+        return rows_U, columns_U, ids_U

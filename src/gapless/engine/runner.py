@@ -12,7 +12,7 @@ from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.device.base import Access, Device, Graph, Note
 from gapless.engine.accesses import compute_accesses, copy_in_accesses, copy_out_accesses
 from gapless.engine.graphs import GraphTable
-from gapless.engine.layout import StepInputs, StepShape, sections_of
+from gapless.engine.layout import StepInputs, StepShape, sections_of, sent_size
 from gapless.engine.slots import Slot
 from gapless.engine.tables import DeviceTables
 from gapless.models.base import Model
@@ -24,7 +24,6 @@ from gapless.sampling.base import Sampler
 class Extent:
     """Host-known bounds of a step's attention; constants inside a graph."""
 
-    num_decodes: int
     max_query: int
     max_kv: int
     all_greedy: bool
@@ -45,7 +44,7 @@ class Runner:
         self.model = model
         self.tables = tables
         self._kv = kv
-        self.scratch_row = tables.last_token_R.numel() - 1
+        self.scratch_row = tables.scratch_row
         self._sampler = sampler
         self.graphs = graphs
         self._device = device
@@ -54,22 +53,15 @@ class Runner:
         self._d2h = device.stream("d2h")
 
     def shape_of(self, plan: Plan) -> StepShape:
-        """The shape that the plan is filled and launched in: a bucket's if a graph covers it, else its own."""
-        if plan.decode_only and (bucket := self.graphs.bucket_for(plan.rows_E.size)) is not None:
-            return StepShape.decode(bucket)
-        return StepShape(
-            tokens=plan.num_tokens,
-            entries=plan.rows_E.size,
-            samples=plan.num_samples,
-            updates=plan.block_ids_U.size,
-            admitted=plan.params.rows_A.size,
-        )
+        """The shape that the plan is filled and launched in: a graph's if one holds it, else its own."""
+        return self.graphs.shape_for(plan) or StepShape.of(plan)
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         """Queue the step that was filled into the slot. Returns at once."""
         step, letter = plan.step, slot.letter
         slot.num_samples = plan.num_samples
-        self._h2d.enqueue(lambda: copy_in(slot, shape), Note("copy in", step, letter, lambda: copy_in_accesses(slot)))
+        size = sent_size(plan, shape)
+        self._h2d.enqueue(lambda: copy_in(slot, size), Note("copy in", step, letter, lambda: copy_in_accesses(slot)))
         self._h2d.record(slot.h2d_done)
         self.compute.wait(slot.h2d_done)
         self.compute.record(slot.compute_begin)
@@ -78,7 +70,6 @@ class Runner:
             self.compute.enqueue(graph.replay, Note("replay", step, letter))
         else:
             extent = Extent(
-                num_decodes=plan.num_decodes,
                 max_query=int(plan.counts_E.max()),
                 max_kv=int((plan.starts_E + plan.counts_E).max()),
                 all_greedy=plan.all_greedy,
@@ -92,13 +83,17 @@ class Runner:
         self._d2h.record(slot.d2h_done)
 
     def capture(self, slot: Slot, shape: StepShape, extent: Extent) -> Graph:
-        """A graph of the compute stage on this slot's buffers, which hold the inputs of a step of this shape."""
+        """A graph of the compute stage on this slot's buffers, which hold the inputs of a step of this shape.
+
+        The first slot's graph of a shape comes first: its step is run once before, which compiles what it needs.
+        """
 
         def warm_up() -> None:
-            copy_in(slot, shape)
+            copy_in(slot, sections_of(shape).total)
             self.compute_step(slot, shape, extent)
 
-        self._device.run_now(warm_up, self.compute)
+        if slot.index == 0:
+            self._device.run_now(warm_up, self.compute)
         return self._device.capture(
             lambda: self.compute_step(slot, shape, extent), self.compute, lambda: self._accesses(slot, shape)
         )
@@ -122,7 +117,8 @@ class Runner:
     @torch.inference_mode()
     def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
         """The compute stage: table deltas, carry-over, forward, sample. This is what graphs capture."""
-        inputs, tables = StepInputs.of(slot.device_in, shape), self.tables
+        tables = self.tables
+        inputs = StepInputs.of(slot.device_in, shape, tables.decodes)
         tokens_T = self.unpack(inputs, shape)
         batch = AttentionBatch(
             rows_E=inputs.rows_E,
@@ -131,14 +127,14 @@ class Runner:
             token_rows_T=inputs.token_rows_T,
             positions_T=inputs.positions_T,
             block_table_RC=tables.block_table_RC,
-            num_decodes=extent.num_decodes,
+            num_decodes=shape.decodes,
             max_query=extent.max_query,
             max_kv=extent.max_kv,
         )
         hidden_TH = self.model.forward(tokens_T, self._kv, batch)
         if not shape.samples:
             return
-        hidden_SH = hidden_TH if shape.samples == shape.tokens else hidden_TH.index_select(0, inputs.sample_tokens_S)
+        hidden_SH = hidden_TH if shape.decodes_only else hidden_TH.index_select(0, inputs.sample_tokens_S)
         sampled_S = self._sampler.sample(
             self.model.logits(hidden_SH),
             inputs.sample_rows_S,
@@ -151,7 +147,11 @@ class Runner:
     def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
         """Apply the deltas, and fill in the tokens that were in flight when the step was planned."""
         self._apply_deltas(inputs, shape)
+        if shape.decodes_only:
+            self._advance(inputs)
         carried_T = self.tables.last_token_R.index_select(0, inputs.token_rows_T)
+        if inputs.continues():
+            return carried_T
         return torch.where(inputs.tokens_T < 0, carried_T, inputs.tokens_T)
 
     def store(self, inputs: StepInputs, slot: Slot, sampled_S: Tensor) -> None:
@@ -161,9 +161,9 @@ class Runner:
 
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         """Bring the tables up to date, ordered on the compute stream after every step that reads the old state."""
-        if shape.updates:
-            where = (inputs.block_rows_U.long(), inputs.block_columns_U.long())
-            self.tables.block_table_RC.index_put_(where, inputs.block_ids_U)
+        rows_U, columns_U, ids_U = inputs.block_updates()
+        if len(ids_U):
+            self.tables.block_table_RC.index_put_((rows_U.long(), columns_U.long()), ids_U)
         if shape.admitted:
             rows, sampling = inputs.param_rows_A.long(), self.tables.sampling
             sampling.temperature_R.index_copy_(0, rows, inputs.temperature_A)
@@ -172,10 +172,18 @@ class Runner:
             sampling.min_p_R.index_copy_(0, rows, inputs.min_p_A)
             sampling.seed_R2.index_copy_(0, rows, inputs.seed_A2)
 
+    def _advance(self, inputs: StepInputs) -> None:
+        """Rows and positions of the decodes: those that were sent, or a position further than the step before."""
+        if inputs.continues():
+            inputs.positions_T.add_(inputs.rows_E != self.scratch_row)
+        else:
+            inputs.rows_E.copy_(inputs.sent_rows_E)
+            inputs.positions_T.copy_(inputs.sent_positions_E)
+        torch.add(inputs.positions_T, 1, out=inputs.kv_len_E)
 
-def copy_in(slot: Slot, shape: StepShape) -> None:
-    """Host to device: the packed inputs, nothing more."""
-    size = sections_of(shape).total
+
+def copy_in(slot: Slot, size: int) -> None:
+    """Host to device: so much of the packed inputs, nothing more."""
     slot.device_in[:size].copy_(slot.host_in[:size], non_blocking=True)
 
 

@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 
 from gapless.device.base import Device
-from gapless.engine.layout import StepShape
 from gapless.errors import InternalError
 from gapless.plan import Ints
 
@@ -31,7 +30,6 @@ class Slot:
         self.compute_begin = device.event(f"compute_begin {self.letter}", timed=True)
         self.compute_done = device.event(f"compute_done {self.letter}", timed=True)
         self.d2h_done = device.event(f"d2h_done {self.letter}")
-        self.shape = StepShape(0, 0, 0, 0, 0)
         self.num_samples = 0
         self.in_flight = False
 

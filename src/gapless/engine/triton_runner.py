@@ -12,7 +12,7 @@ from gapless.kernels.unpack import store_sampled, unpack
 
 class TritonRunner(Runner):
     def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
-        return unpack(inputs, self.tables.last_token_R, self.tables.block_table_RC, self.tables.sampling)
+        return unpack(inputs, self.tables, decodes_only=shape.decodes_only)
 
     def store(self, inputs: StepInputs, slot: Slot, sampled_S: Tensor) -> None:
         store_sampled(sampled_S, inputs.sample_rows_S, self.tables.last_token_R, slot.device_out)

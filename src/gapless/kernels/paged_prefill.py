@@ -1,8 +1,10 @@
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Causal attention of entries with several query tokens over the paged cache.
 
 A program takes a tile of one entry's query tokens, all heads that share a key/value head together: row m of the tile
 is token m // GROUP, head m % GROUP. Keys that every row sees need no mask; the rest of the loop masks the diagonal.
+The tiles of all entries are numbered in a row, which depends on the number of tokens and entries only: a captured graph
+stays right for any lengths.
 FlashAttention-2: Dao 2023, arXiv 2307.08691.
 """
 
@@ -19,7 +21,37 @@ from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.kernels.online_softmax import LOG2_E, fold_tile
 
 
-@triton.jit(do_not_specialize=["num_decodes"])
+ENTRIES_TILE = tl.constexpr(128)
+
+
+@triton.jit
+def find_tile(
+    query_start_E1: tl.tensor,
+    flat: tl.tensor,
+    num_decodes: tl.tensor,
+    num_entries: tl.tensor,
+    TOKENS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Which tile has the number `flat`: (entry, its first token, its queries, first query of the tile).
+
+    An entry's tiles begin at (its first token) // TOKENS + (its place), tokens and places counted from the decodes:
+    that leaves each of them room enough, and none to others. The queries may end before the tile begins.
+    """
+    begun = 0
+    for first in tl.range(0, num_entries, ENTRIES_TILE):
+        place_X = first + tl.arange(0, ENTRIES_TILE)
+        inside = place_X < num_entries
+        token_X = tl.load(query_start_E1 + num_decodes + place_X, mask=inside, other=0) - num_decodes
+        begun += tl.sum((inside & (token_X // TOKENS + place_X <= flat)).to(tl.int32), axis=0)
+    place = begun - 1
+    entry = num_decodes + place
+    first_token = tl.load(query_start_E1 + entry)
+    num_queries = tl.load(query_start_E1 + entry + 1) - first_token
+    tile_start = (flat - (first_token - num_decodes) // TOKENS - place) * TOKENS
+    return entry, first_token, num_queries, tile_start
+
+
+@triton.jit(do_not_specialize=["num_decodes", "num_entries"])
 def prefill_kernel(
     q_TND: tl.tensor,
     k_BKSD: tl.tensor,
@@ -33,6 +65,7 @@ def prefill_kernel(
     q_stride: tl.tensor,
     scale_log2: tl.tensor,
     num_decodes: tl.tensor,
+    num_entries: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -42,12 +75,9 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    flat = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of an entry first
     kv_head = tl.program_id(1)
-    entry = num_decodes + tl.program_id(2)
-    first_token = tl.load(query_start_E1 + entry)
-    num_queries = tl.load(query_start_E1 + entry + 1) - first_token
-    tile_start = tile * TOKENS
+    entry, first_token, num_queries, tile_start = find_tile(query_start_E1, flat, num_decodes, num_entries, TOKENS)
     if tile_start >= num_queries:
         return
     length = tl.load(kv_len_E + entry)
@@ -140,8 +170,8 @@ def paged_prefill(
     amd = torch.version.hip is not None
     tiles = tiles or prefill_tiles(head_dim, kv.k_BKSD.element_size(), group, batch.max_query, amd)
     num_entries = batch.rows_E.shape[0] - batch.num_decodes
-    query_tiles = triton.cdiv(batch.max_query, tiles.block_m // group)
-    prefill_kernel[(query_tiles, num_kv_heads, num_entries)](
+    query_tiles = (q_TND.shape[0] - batch.num_decodes) // (tiles.block_m // group) + num_entries
+    prefill_kernel[(query_tiles, num_kv_heads)](
         q_TND,
         kv.k_BKSD,
         kv.v_BKSD,
@@ -154,6 +184,7 @@ def paged_prefill(
         q_TND.stride(0),
         scale * LOG2_E,
         batch.num_decodes,
+        num_entries,
         KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

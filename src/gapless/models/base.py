@@ -17,6 +17,7 @@ class Model(Protocol):
     max_position: int
     eos_token_ids: tuple[int, ...]
     kv_spec: KVSpec
+    num_weights: int  # that each token is multiplied with
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         """Append the tokens (int32) to the cache and return the final hidden states [T, H] before the head's norm.
@@ -25,10 +26,17 @@ class Model(Protocol):
         """
         ...
 
-    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+    def prepare(
+        self,
+        batch_sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
+    ) -> None:
         """Before graphs are captured for steps of these many tokens: choose kernels, if there is a choice.
 
         seconds_of  captures work as a graph and gives the time of its replay.
+        also        more numbers of tokens of captured steps; only batch_sizes are worth the time that a choice takes
         """
         ...
 

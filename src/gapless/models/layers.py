@@ -78,10 +78,13 @@ class LayerOps(Protocol):
         layers: LayerMaps,
         sizes: Sequence[int],
         seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
     ) -> None:
         """Choose kernels for the maps of the head and of all layers, and for steps of each of these many tokens.
 
         seconds_of  times work as a captured graph. Start-up only.
+        also        more numbers of tokens, which take the choice of sizes like them without being timed
         """
         ...
 
@@ -144,6 +147,8 @@ class TorchOps:
         layers: LayerMaps,
         sizes: Sequence[int],
         seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
     ) -> None:
         return
 

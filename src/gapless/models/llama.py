@@ -48,6 +48,11 @@ class LlamaWeights:
     norm_H: Tensor
     head: Linear  # [V, H]; the embedding itself where they are tied
 
+    def count(self) -> int:
+        """Of the layers' maps."""
+        maps = [each for layer in self.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return sum(each.weight_OI.numel() for each in maps)
+
     def pack(self) -> None:
         """In place, so that only one layer exists twice at a time."""
         for index, layer in enumerate(self.layers):
@@ -72,6 +77,7 @@ class LlamaModel:
         self.eos_token_ids = config.eos_token_ids
         self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim)
         self.weights = weights
+        self.num_weights = weights.count()
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._rope_PD = rope_table(config.rope, config.head_dim, max_position, weights.embed_VH.device)
@@ -125,14 +131,20 @@ class LlamaModel:
         x = self._ops.rms_norm(hidden_EH, self.weights.norm_H, self._eps)
         return self._ops.linear(x, *self.weights.head.weights)
 
-    def prepare(self, batch_sizes: Sequence[int], seconds_of: Callable[[Callable[[], object]], float]) -> None:
+    def prepare(
+        self,
+        batch_sizes: Sequence[int],
+        seconds_of: Callable[[Callable[[], object]], float],
+        *,
+        also: Sequence[int] = (),
+    ) -> None:
         layers = self.weights.layers
         maps = LayerMaps(
             plain=[*(layer.qkv.weight_OI for layer in layers), layers[-1].down.weight_OI],  # no norm follows the last
             gated=[layer.gate_up.weight_OI for layer in layers],
             added=[weight for layer in layers for weight in (layer.output.weight_OI, layer.down.weight_OI)],
         )
-        self._ops.prepare(self.weights.head.weight_OI, maps, batch_sizes, seconds_of)
+        self._ops.prepare(self.weights.head.weight_OI, maps, batch_sizes, seconds_of, also=also)
 
 
 def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LlamaWeights:

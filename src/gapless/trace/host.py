@@ -51,7 +51,7 @@ class HostLane:
         if self._launch is None:
             self._launch = (note.step, note.slot, perf_counter())
             self._step_in[note.slot] = note.step
-        return PREFILL if self._prefills and note.name == "compute" else note.name
+        return PREFILL if self._prefills and note.name in ("compute", "replay") else note.name
 
     def launched(self) -> None:
         if self._launch is not None:

@@ -58,7 +58,9 @@ class NumpyHashModel(HashModel):
         hashes_E = (terms_EL * valid_EL).sum(1) % _PRIME + misplaced_E * MISPLACED
         hashes_E[decodes:][np.diff(starts_E1[decodes:]) > batch.max_query] = NOT_COMPUTED
         hidden_TH = np.full((positions_T.size, 1), NOT_COMPUTED, dtype=np.int64)
-        hidden_TH[last_E, 0] = hashes_E
+        has_tokens_E = np.ones(last_E.size, dtype=np.bool_)
+        has_tokens_E[decodes:] = np.diff(starts_E1[decodes:]) > 0
+        hidden_TH[last_E[has_tokens_E], 0] = hashes_E[has_tokens_E]
         return torch.from_numpy(hidden_TH)
 
     def logits(self, hidden_EH: Tensor) -> Tensor:

@@ -333,6 +333,8 @@ class RigRunner(Runner):
 
     def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
         tokens_T = super().unpack(inputs, shape)
+        if inputs.positions_T[inputs.token_rows_T == self.scratch_row].any():
+            raise Broken("books", "padding has a position other than 0")
         self.rig.device.reach("between deltas and forward")
         return tokens_T
 

@@ -14,8 +14,7 @@ from gapless.budget import FIRST_PATIENCE
 from gapless.device.sim import Race, RandomOrder
 from gapless.device.sim.streams import UNDECLARED
 from gapless.engine.admission import ModelFacts
-from gapless.engine.build import capturer
-from gapless.engine.layout import packed_capacity
+from gapless.engine.build import capturer, slot_capacity
 from gapless.engine.slots import Slot
 from gapless.engine.tables import DeviceTables
 from gapless.errors import InternalError
@@ -70,10 +69,10 @@ class Rig:
         self.admission = parts.admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 7)
         self.kv = model.kv_spec.allocate(limits.num_blocks, limits.block_size, torch.float32, cpu)
         self._tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, cpu)
-        graphs = parts.graphs(schedule.buckets)
+        graphs = parts.graphs(schedule.buckets, schedule.mixed)
         sampler = RigSampler(parts.sampler(), device)
         runner = parts.runner(model, device, sampler, self.kv, self._tables, graphs)
-        capacity = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
+        capacity = slot_capacity(graphs, limits)
         slots = parts.slots(device, schedule.lookahead + 1, capacity, limits.max_rows)
         runner.rig = slots.rig = self
         if schedule.graphs:
@@ -82,6 +81,8 @@ class Rig:
         device.run_now(lambda: None, runner.compute)
         self.loop = parts.loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
         device.watch(self._device_memory())
+        for name, table in self._tables.decodes.by_name():
+            device.poison(table, name)
         for slot in slots.slots:
             self.poison_slot(slot)
         for row in range(limits.max_rows):
@@ -92,6 +93,7 @@ class Rig:
         """Tables, KV cache and slots, by name."""
         memory = {"block table": self._tables.block_table_RC, "last token": self._tables.last_token_R}
         memory |= self._tables.sampling.by_name()
+        memory |= self._tables.decodes.by_name()
         for layer, cache in enumerate(self.kv):
             memory |= {f"keys {layer}": cache.k_BKSD, f"values {layer}": cache.v_BKSD}
         for slot in self.loop.slots.slots:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from gapless.config import SchedulerLimits
+from gapless.engine.graphs import mixed_shape
+from gapless.engine.layout import StepShape
 from gapless.request import SamplingParams
 from support.hash_model import VOCAB
 
@@ -54,7 +56,7 @@ class Move:
 class Schedule:
     """One run. See gapless.config for the sizes.
 
-    graphs       decode steps are padded to one of `buckets` and replayed
+    graphs       steps are padded to one of `buckets` or `mixed`, where one holds them, and replayed
     order_seed   the order of the device's work
     eagerness    how far the device lags; None: chosen by order_seed
     reader_lag   records of the engine that lie unread before their consumer looks at them
@@ -88,6 +90,15 @@ class Schedule:
     def buckets(self) -> tuple[int, ...]:
         """Batch sizes of the captured graphs: up to three."""
         return (1, (self.rows + 1) // 2, self.rows) if self.graphs else ()
+
+    @property
+    def mixed(self) -> tuple[StepShape, ...]:
+        """Shapes of captured steps that read prompts: three, none of which holds all that a step may be."""
+        if not self.graphs:
+            return ()
+        limits, half = self.limits, (self.rows + 1) // 2
+        sizes = {(1, 2, 1), (half, 5, half), (self.rows, self.batch_tokens - 1, self.rows)}
+        return tuple(mixed_shape(*each, self.rows, limits.max_block_updates) for each in sorted(sizes))
 
     @property
     def most_steps(self) -> int:

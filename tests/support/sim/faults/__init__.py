@@ -57,10 +57,15 @@ TABLE, BLOCK = _on("block table"), _on("keys", "values")
 ROW_OR_BLOCK = (*BLOCK, *TABLE, *_on("last token"))
 TOKENS = ("tokens",)
 WRONG_ROW = (*TOKENS, *BLOCK)
+WRONG_PLACE = (*WRONG_ROW, "books: padding has")
+TABLES = (*TABLE, *_on("temperature"))
 COUNT = ("books: wrong count",)
 ROW_BOOKS = _raising("row ")
 RECOMPUTED = ("books: recomputed",)
-HIDDEN = ("error: IndexError: index 1515870810",)  # what the audit hides is no row
+HIDDEN = (  # what the audit hides is no row, and no number of updates
+    "error: IndexError: index 1515870810",
+    "error: RuntimeError: shape '[3, 1515870810]'",
+)
 RUBBISH = (*TOKENS, "books: OutOfRangeError: replay")  # the poison is no token, and no row or block either
 
 FAULTS: tuple[Fault, ...] = (
@@ -88,7 +93,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("a graph is captured with another slot's buffers", Parts(runner=inputs.CapturedOnFirstSlot), _on("device")),
     Fault("another slot's graph is replayed", Parts(graphs=inputs.OtherSlotsGraph), _on("device")),
     Fault("another bucket's graph is replayed", Parts(graphs=inputs.OtherBucketsGraph), RUBBISH),
-    Fault("table deltas are applied on the copy stream", tokens.DELTAS_ON_COPY_STREAM, TABLE, graphs=True),
+    Fault("table deltas are applied on the copy stream", tokens.DELTAS_ON_COPY_STREAM, TABLES, graphs=True),
     Fault("table deltas are applied on the copy stream, no graphs", tokens.DELTAS_ON_COPY_STREAM, TABLE, graphs=False),
     Fault("work is queued that declares nothing", Parts(runner=tokens.UndeclaredDeltas), ("books: work was queued",)),
     Fault("table deltas are declared as nothing", Parts(runner=tokens.DeltasDeclaredAsNothing), HIDDEN),
@@ -100,7 +105,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("a block table delta is lost", Parts(fill=inputs.loses_block), (*TOKENS, *BLOCK)),
     Fault("a reused row keeps its first sampling parameters", Parts(runner=tokens.StaleParams), TOKENS),
     Fault("padding is written to a live row", Parts(fill=inputs.pads_on_row_zero), TOKENS),
-    Fault("tokens are written to a neighbour's blocks", inputs.changed("token_rows_T", inputs.neighbours), WRONG_ROW),
+    Fault("tokens are written to a neighbour's blocks", inputs.changed("token_rows_T", inputs.neighbours), WRONG_PLACE),
     Fault("the positions of a chunk are one too low", Parts(fill=inputs.chunks_too_early), TOKENS),
     Fault("a chunk samples from its first token", Parts(fill=inputs.samples_first_token), TOKENS),
     Fault("attention misses the last token of every sequence", inputs.changed("kv_len_E", inputs.one_less), TOKENS),
@@ -111,7 +116,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("attention is told that there is nothing to do", inputs.told(inputs.nothing), TOKENS),
     Fault("attention is told of too short a cache", inputs.told(inputs.shorter_cache), TOKENS),
     Fault("attention is told of too few queries", inputs.told(inputs.shorter_queries), TOKENS),
-    Fault("attention takes a chunk for a decode", inputs.told(inputs.one_more_decode), TOKENS),
+    Fault("attention takes a chunk for a decode", Parts(runner=inputs.OneMoreDecode), TOKENS),
+    Fault("chunks begin before the padding of decodes", Parts(fill=inputs.chunks_in_the_gap), TOKENS),
+    Fault("decodes go on where others ran between", Parts(scheduler=inputs.GoesOnRegardless), TOKENS),
+    Fault("a step that goes on leaves its last block update behind", Parts(runner=inputs.SendsTooLittle), TOKENS),
+    Fault("the device counts no further", Parts(runner=inputs.CountsNoFurther), TOKENS),
+    Fault("the device counts on for padding", Parts(runner=inputs.CountsPadding), ("books: padding has",)),
+    Fault("decodes go on with the rows of the step before", Parts(runner=inputs.StaleRows), TOKENS),
     Fault("a batch is taken for greedy", inputs.told(inputs.all_greedy), TOKENS),
     Fault("there is no carry-over", Parts(runner=tokens.NoCarryOver), TOKENS),
     Fault("the carry-over is from the step before", Parts(runner=tokens.CarriesOlderToken), TOKENS),

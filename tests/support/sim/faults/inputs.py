@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.device.base import Graph
 from gapless.engine.fill import fill
 from gapless.engine.graphs import GraphTable
-from gapless.engine.layout import StepShape, sections_of
+from gapless.engine.layout import StepInputs, StepShape, sections_of
 from gapless.engine.runner import Extent
 from gapless.engine.slots import Slot
 from gapless.plan import Ints, Plan
-from support.sim.parts import Parts, RigRunner
+from support.hash_model import HashModel
+from support.sim.parts import Parts, RigRunner, RigScheduler
 
 
 def changed(name: str, change: Callable[[Ints], Ints]) -> Parts:
@@ -66,7 +70,11 @@ def chunks_too_early(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape
 
 def samples_first_token(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape, scratch_row: int) -> None:
     """An entry samples from its first token in place of its last."""
-    firsts_S = (np.cumsum(plan.counts_E) - plan.counts_E)[plan.samples_E > 0]
+    if shape.decodes_only:
+        return
+    firsts_E = np.cumsum(plan.counts_E) - plan.counts_E
+    firsts_E[plan.num_decodes :] += shape.decodes - plan.num_decodes
+    firsts_S = firsts_E[plan.samples_E > 0]
     start = sections_of(shape).sample_tokens_S.start
     packed[start : start + firsts_S.size] = firsts_S
 
@@ -74,7 +82,7 @@ def samples_first_token(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepSh
 def loses_block(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape, scratch_row: int) -> None:
     """A block that a decoding row gains never gets into the device's table."""
     if plan.decode_only and plan.block_rows_U.size:
-        packed[sections_of(shape).block_rows_U.start] = scratch_row
+        packed[sections_of(shape).updates_3U.start] = scratch_row
 
 
 def told(change: Callable[[Extent], Extent]) -> Parts:
@@ -88,7 +96,7 @@ def told(change: Callable[[Extent], Extent]) -> Parts:
 
 
 def nothing(extent: Extent) -> Extent:
-    return Extent(0, 0, 0, extent.all_greedy)
+    return Extent(0, 0, extent.all_greedy)
 
 
 def shorter_cache(extent: Extent) -> Extent:
@@ -99,12 +107,86 @@ def shorter_queries(extent: Extent) -> Extent:
     return replace(extent, max_query=extent.max_query - 1)
 
 
-def one_more_decode(extent: Extent) -> Extent:
-    return replace(extent, num_decodes=extent.num_decodes + 1)
-
-
 def all_greedy(extent: Extent) -> Extent:
     return replace(extent, all_greedy=True)
+
+
+class OneMoreDecode(RigRunner):
+    """Attention is told of one decode more than there is."""
+
+    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+        model = self.model
+
+        class Misled(HashModel):
+            def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+                return model.forward(tokens_T, kv, replace(batch, num_decodes=batch.num_decodes + 1))
+
+            def logits(self, hidden_EH: Tensor) -> Tensor:
+                return model.logits(hidden_EH)
+
+        self.model = Misled()
+        super().compute_step(slot, shape, extent)
+        self.model = model
+
+
+def chunks_in_the_gap(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape, scratch_row: int) -> None:
+    """The chunks' tokens are looked for right behind the decodes, where there may be padding."""
+    if not shape.decodes_only:
+        starts = sections_of(shape).query_start_E1
+        packed[starts.start + shape.decodes : starts.stop] -= np.int32(shape.decodes - plan.num_decodes)
+
+
+class GoesOnRegardless(RigScheduler):
+    """Decodes are said to go on wherever the newest step that only decoded had the same rows."""
+
+    newest: Plan | None = None
+
+    def plan(self) -> Plan | None:
+        plan = super().plan()
+        if plan is None or not plan.decode_only:
+            return plan
+        same = self.newest is not None and np.array_equal(self.newest.rows_E, plan.rows_E)
+        self.newest = plan
+        return replace(plan, continues=same)
+
+
+class SendsTooLittle(RigRunner):
+    """A step whose decodes go on sends one update less than there are."""
+
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+        if plan.continues and plan.block_ids_U.size:
+            slot.packed[sections_of(shape).header_2.start + 1] -= 1
+        super().launch(plan, slot, shape)
+
+
+class CountsNoFurther(RigRunner):
+    """Decodes that go on stay at the position of the step before."""
+
+    def _advance(self, inputs: StepInputs) -> None:
+        before = inputs.positions_T.clone()
+        super()._advance(inputs)
+        if inputs.continues():
+            inputs.positions_T.copy_(before)
+            inputs.kv_len_E.copy_(before + 1)
+
+
+class CountsPadding(RigRunner):
+    """The positions of padding grow, too, to the end of the block table and beyond."""
+
+    def _advance(self, inputs: StepInputs) -> None:
+        super()._advance(inputs)
+        if inputs.continues():
+            inputs.positions_T.add_(inputs.rows_E == self.scratch_row)
+
+
+class StaleRows(RigRunner):
+    """What was sent does not replace the rows on the device."""
+
+    def _advance(self, inputs: StepInputs) -> None:
+        before = inputs.rows_E.clone()
+        super()._advance(inputs)
+        known = (before >= 0) & (before <= self.scratch_row)
+        inputs.rows_E.copy_(torch.where(known, before, inputs.rows_E))
 
 
 class CapturedOnFirstSlot(RigRunner):

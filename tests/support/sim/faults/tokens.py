@@ -142,11 +142,11 @@ class DeltasOnCopyStream(RigRunner):
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         def apply() -> None:
-            Runner._apply_deltas(self, StepInputs.of(slot.device_in, shape), shape)
+            Runner._apply_deltas(self, StepInputs.of(slot.device_in, shape, self.tables.decodes), shape)
 
         def accesses() -> Sequence[Access]:
-            inputs, tables = StepInputs.of(slot.device_in, shape), self.tables
-            rows, admitted = inputs.block_rows_U.numpy(), inputs.param_rows_A.numpy()
+            inputs, tables = StepInputs.of(slot.device_in, shape, self.tables.decodes), self.tables
+            rows, admitted = inputs.block_updates()[0].numpy(), inputs.param_rows_A.numpy()
             return [
                 Access(f"device in {slot.letter}", slot.device_in, None, False),
                 Access("block table", tables.block_table_RC, rows, True),
@@ -201,7 +201,7 @@ class DeltasByTheHost(RigRunner):
         pass
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape), shape)
+        Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape, self.tables.decodes), shape)
         super().launch(plan, slot, shape)
 
 
@@ -230,7 +230,7 @@ class CarriesNeighboursToken(RigRunner):
         last = self.tables.last_token_R
         last.copy_(last.roll(1))
         super().compute_step(slot, shape, extent)
-        rows = StepInputs.of(slot.device_in, shape).sample_rows_S.long()
+        rows = StepInputs.of(slot.device_in, shape, self.tables.decodes).sample_rows_S.long()
         sampled = last[rows].clone()
         last.copy_(last.roll(-1))
         last[rows] = sampled
@@ -240,7 +240,7 @@ class NoCarryOver(RigRunner):
     """Placeholders stay what they are."""
 
     def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
-        tokens = StepInputs.of(slot.device_in, shape).tokens_T
+        tokens = StepInputs.of(slot.device_in, shape, self.tables.decodes).tokens_T
         tokens[tokens < 0] = 0
         super().compute_step(slot, shape, extent)
 
