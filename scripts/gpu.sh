@@ -37,6 +37,8 @@ for part in $parts; do
       run python3 scripts/gpu_kernels.py
       section "linear layers against torch's products"
       run python3 scripts/gpu_linear.py
+      section "layers of small models: torch's products, ours, and those with weights read early"
+      run python3 scripts/gpu_products.py
       ;;
     bench)
       section "host time per step on a device that does nothing"

@@ -250,28 +250,38 @@ def time_decodes(bandwidth: float, before: Callable[..., None] | None, flashinfe
             yield from beside(ways, time, rate, ours(work.q_END, work.layers[0], work.batch).float())
 
 
+PREFILLS: dict[str, tuple[int, int, int, tuple[tuple[int, int], int]]] = {
+    "1 x 8192": (1, 8192, 8192, (HEADS, HEAD_DIM)),
+    "1 x 2048 of 8192": (1, 2048, 8192, (HEADS, HEAD_DIM)),
+    "8 x 1024": (8, 1024, 1024, (HEADS, HEAD_DIM)),
+    "16 x 512": (16, 512, 512, (HEADS, HEAD_DIM)),
+    "1 x 8192, 9/3 of 64": (1, 8192, 8192, SMALL),
+    "16 x 512, 9/3 of 64": (16, 512, 512, SMALL),
+}  # entries, queries of each, tokens of each, (heads, head size)
+
+
 def time_prefills(flashinfer: bool) -> Iterator[str]:
     attention = make_attention("triton", CUDA)
-    for queries, length, entries in ((8192, 8192, 1), (2048, 8192, 1), (512, 512, 16), (1024, 1024, 8)):
+    for name, (entries, queries, length, (heads, head_dim)) in PREFILLS.items():
         scenario = make_scenario(
-            [queries] * entries, [length] * entries, heads=HEADS, head_dim=HEAD_DIM, dtype=BFLOAT16, device=CUDA
+            [queries] * entries, [length] * entries, heads=heads, head_dim=head_dim, dtype=BFLOAT16, device=CUDA
         )
-        operations = 4 * entries * queries * (length - queries / 2) * HEADS[0] * HEAD_DIM
+        operations, scale = 4 * entries * queries * (length - queries / 2) * heads[0] * head_dim, head_dim**-0.5
         q_TND, kv, batch = scenario.q_TND, scenario.kv, scenario.batch
-        us = microseconds(partial(attention.attend, q_TND, kv, batch, SCALE), 2)
+        us = microseconds(partial(attention.attend, q_TND, kv, batch, scale), 2)
 
         def rate(us: float, operations: float = operations) -> str:
             return f"{operations / us / 1e6:6.0f} TFLOP/s"
 
-        yield f"prefill {entries:2} x {queries:4} of {length:4}{'':12}  {us:8.1f} us  {rate(us)}"
+        yield f"prefill {name:27}  {us:8.1f} us  {rate(us)}"
         if flashinfer:
             from gpu_flashinfer import beside, prefill_ways
 
             def time(attend: Attend, q_TND: Tensor = q_TND, kv: LayerKV = kv) -> float:
                 return microseconds(partial(attend, q_TND, kv), 2)
 
-            exact = attention.attend(q_TND, kv, batch, SCALE).float()
-            yield from beside(prefill_ways(q_TND, kv, batch, SCALE), time, rate, exact)
+            exact = attention.attend(q_TND, kv, batch, scale).float()
+            yield from beside(prefill_ways(q_TND, kv, batch, scale), time, rate, exact)
 
 
 def time_pieces() -> Iterator[str]:
@@ -340,7 +350,7 @@ def sweep_prefill() -> None:
         except triton.runtime.errors.OutOfResources:
             continue
         results.append((us, f"block_m {block_m} block_n {block_n} warps {warps} stages {stages}"))
-    print("prefill 8192, best first:")
+    print("prefill 8192 by the kernel in Triton, best first:")
     for us, text in sorted(results)[:6]:
         print(f"  {us:8.1f} us  {text}")
 

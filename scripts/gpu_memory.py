@@ -1,4 +1,4 @@
-"""Memory on a GPU: what the graphs of decode steps take, and what the KV cache gets of that which the weights leave.
+"""Memory on a GPU: what the graphs take, and what the KV cache gets of that which the weights leave.
 
     PYTHONPATH=src python scripts/gpu_memory.py [--shape S ...] [--rows N ...]
 
@@ -22,7 +22,6 @@ from gapless.config import EngineConfig
 from gapless.device import Access, Graph, Stream
 from gapless.device.cuda import CudaDevice
 from gapless.engine.build import build_loop
-from gapless.engine.graphs import default_buckets
 from gapless.models.base import Model
 from gapless.models.layers import make_ops
 from gapless.models.registry import build_model
@@ -78,25 +77,25 @@ def tidy() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(model: Model, config: EngineConfig, device: CountedDevice) -> tuple[int, int, int, int]:
-    """Bytes free before, of the KV cache, of the graphs' pools, and free at last; then the engine is gone."""
+def measure(model: Model, config: EngineConfig, device: CountedDevice) -> tuple[int, int, int, int, int]:
+    """Bytes free before, of the KV cache, of the graphs' pools, and free at last, and the number of graphs."""
     tidy()
     free, _ = device.memory()
     loop, limits = build_loop(model, config, device, make_sampler(CUDA), DTYPE)
     tidy()
     pools = device.pool_bytes()
     left, _ = device.memory()
+    graphs = len(loop.runner.graphs.shapes) * len(loop.slots.slots)
     loop.close()
-    return free, limits.num_blocks * model.kv_spec.bytes_per_block(limits.block_size, DTYPE), pools, left
+    return free, limits.num_blocks * model.kv_spec.bytes_per_block(limits.block_size, DTYPE), pools, left, graphs
 
 
 def line(shape: str, model: Model, rows: int) -> str:
     config = EngineConfig(max_rows=rows)
     begin = time.perf_counter()
-    free, cache, shared, left = measure(model, config, CountedDevice(apart=False))
+    free, cache, shared, left, graphs = measure(model, config, CountedDevice(apart=False))
     few = replace(config, num_blocks=FEW_BLOCKS, max_model_len=model.max_position)
-    _, _, apart, _ = measure(model, few, CountedDevice(apart=True))
-    graphs = len(default_buckets(rows)) * (config.lookahead + 1)
+    _, _, apart, _, _ = measure(model, few, CountedDevice(apart=True))
     return (
         f"{shape:13} {rows:5} rows  free after weights {free / GIB:6.2f} GiB  KV cache {cache / GIB:6.2f} GiB "
         f"({cache / free:.1%})  left {left / GIB:5.2f} GiB  {graphs:3} graphs: one pool {shared / MIB:7.1f} MiB, "

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from gapless.kernels.choice import Kind, LinearChoices, Use
 from gapless.kernels.linear import CANDIDATES, LinearTiles, candidates
+from gapless.kernels.wide_tiles import WIDE_CANDIDATES, WideTiles
 
 HEAD = torch.empty(256, 128, dtype=torch.bfloat16)
 GATED = torch.empty(512, 128, dtype=torch.bfloat16)
@@ -102,7 +103,7 @@ def test_a_choice_is_kept_and_not_timed_again(tmp_path: Path):
     assert clock.timings == 0
 
 
-NAME = Kind.of(HEAD, Use.PLAIN).name(torch.bfloat16, 16)
+NAME = Kind.of(HEAD, Use.PLAIN).name(torch.bfloat16, 16, CANDIDATES)
 NO_SENSE = ["", "[]", "{", *(json.dumps({NAME: entry}) for entry in ({"old": 1}, 3, {"tiles": {"a": 1}}, {"tiles": 7}))]
 
 
@@ -112,6 +113,73 @@ def test_a_file_that_makes_no_sense_is_timed_again_and_mended(tmp_path: Path, te
     file.write_text(text)
     assert prepare(file, fastest(0)).get(HEAD, 8, Use.PLAIN) == CANDIDATES[0]
     assert prepare(file, fastest(1)).get(HEAD, 8, Use.PLAIN) == CANDIDATES[0]
+
+
+TALL = candidates(gated=False, tokens=256)[0]
+LONG = torch.empty(256, 2048, dtype=torch.bfloat16)
+
+
+def prepare_wide(file: Path | None, clock: Clock, *, wide: bool = True, also: tuple[int, ...] = ()) -> LinearChoices:
+    choices, head = LinearChoices(file), Kind.of(LONG, Use.PLAIN)
+    arrived = torch.zeros(8, dtype=torch.int32)
+    choices.prepare(head, {head: [LONG]}, [256], arrived, clock, may_fuse=True, wide=wide, also=also)
+    return choices
+
+
+def times_at_256(fastest: LinearTiles | WideTiles, *, wide: bool = True) -> Clock:
+    ways = Kind.of(LONG, Use.PLAIN).ways(256, wide=wide)
+    return Clock([0.0, *(1.0 if tiles == fastest else SLOW for tiles in ways), SLOW])
+
+
+@pytest.mark.parametrize("fastest", [TALL, WIDE_CANDIDATES[1]])
+def test_wide_tiles_are_timed_beside_the_others_and_kept_as_what_they_are(
+    tmp_path: Path, fastest: LinearTiles | WideTiles
+):
+    file, clock = tmp_path / "linear.json", times_at_256(fastest)
+    assert prepare_wide(file, clock).get(LONG, 256, Use.PLAIN) == fastest
+    assert clock.timings == 2 + len(candidates(gated=False, tokens=256)) + len(WIDE_CANDIDATES)
+    again = Clock([])
+    assert prepare_wide(file, again).get(LONG, 256, Use.PLAIN) == fastest
+    assert again.timings == 0
+
+
+def test_a_file_from_before_wide_tiles_is_timed_again_where_they_run_and_good_where_they_do_not(tmp_path: Path):
+    file = tmp_path / "linear.json"
+    prepare_wide(file, times_at_256(TALL, wide=False), wide=False)
+    assert "stages" not in file.read_text().replace("num_stages", "")
+    assert prepare_wide(file, times_at_256(WIDE_CANDIDATES[0])).get(LONG, 256, Use.PLAIN) == WIDE_CANDIDATES[0]
+    assert prepare_wide(file, Clock([]), wide=False).get(LONG, 256, Use.PLAIN) == TALL
+
+
+def test_wide_tiles_are_not_tried_where_they_do_not_run_or_tokens_are_few():
+    assert not any(isinstance(tiles, WideTiles) for tiles in Kind.of(LONG, Use.PLAIN).ways(256, wide=False))
+    assert not any(isinstance(tiles, WideTiles) for tiles in Kind.of(LONG, Use.PLAIN).ways(64, wide=True))
+    assert Kind.of(HEAD, Use.PLAIN).ways(256, wide=False) == candidates(gated=False, tokens=256)
+
+
+def test_wide_tiles_are_tried_alone_where_inputs_are_few():
+    assert Kind.of(HEAD, Use.PLAIN).ways(256, wide=True) == [*WIDE_CANDIDATES]
+    assert Kind.of(HEAD, Use.PLAIN).ways(64, wide=True) == candidates(gated=False, tokens=64)
+
+
+def test_other_sizes_take_the_choice_of_their_class_or_else_torchs_product():
+    clock = times_at_256(WIDE_CANDIDATES[0])
+    choices = prepare_wide(None, clock, also=(130, 256, 257, 2000))
+    assert clock.timings == 2 + len(candidates(gated=False, tokens=256)) + len(WIDE_CANDIDATES)
+    assert choices.get(LONG, 130, Use.PLAIN) == choices.get(LONG, 256, Use.PLAIN) == WIDE_CANDIDATES[0]
+    assert choices.get(LONG, 257, Use.PLAIN) is choices.get(LONG, 2000, Use.PLAIN) is None
+
+
+def test_other_sizes_fuse_norms_where_their_class_does():
+    head = Kind.of(HEAD, Use.PLAIN)
+    kinds = {head: [HEAD, HEAD], Kind.of(ADDED, Use.ADDED): [ADDED]}
+    count = NUM_CANDIDATES - 1
+    plain, added = [0.0, 1.2, *[SLOW] * count, 1.0], [0.0, 1.0, *[SLOW] * count, 0.5, 1.5]
+    choices, clock, arrived = LinearChoices(None), Clock([*plain, *added]), torch.zeros(8, dtype=torch.int32)
+    choices.prepare(head, kinds, [5], arrived, clock, may_fuse=True, also=[13, 40])
+    assert choices.fused == frozenset([5, 13])
+    assert choices.get(ADDED, 13, Use.ADDED) == CANDIDATES[0]
+    assert choices.get(ADDED, 40, Use.ADDED) is None
 
 
 def test_tiles_that_are_no_longer_tried_are_timed_again(tmp_path: Path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,24 @@ from gapless.kernels.paged_decode import paged_decode
 from gapless.kernels.paged_prefill import paged_prefill
 
 MAX_ARRIVED = 65536
+
+Prefill = Callable[[Tensor, Tensor, LayerKV, AttentionBatch, float], None]
+
+
+@functools.cache
+def gluon_kernel() -> tuple[Prefill, Callable[[Tensor, LayerKV], bool]] | None:
+    """The prefill kernel for Hopper, and what says where it runs. None: this Triton lacks what it is written in."""
+    try:  # Gluon is experimental: any version may move its names
+        from gapless.kernels.gluon_prefill import gluon_prefill, runs
+    except (ImportError, AttributeError):
+        return None
+    return gluon_prefill, runs
+
+
+def choose_prefill(q_TND: Tensor, kv: LayerKV) -> Prefill:
+    """The fastest kernel for entries after the decodes."""
+    gluon = gluon_kernel()
+    return gluon[0] if gluon is not None and gluon[1](q_TND, kv) else paged_prefill
 
 
 class TritonAttention:
@@ -44,7 +65,7 @@ class TritonAttention:
                 arrived_P=self._arrived(num_decodes * kv.k_BKSD.shape[1], q_TND.device),
             )
         if num_decodes < batch.rows_E.shape[0]:
-            paged_prefill(q_TND, out_TND, kv, batch, scale)
+            choose_prefill(q_TND, kv)(q_TND, out_TND, kv, batch, scale)
         return out_TND
 
     def rotate_and_attend(

@@ -33,6 +33,7 @@ from gapless.kernels.linear import (
 from gapless.kernels.normed import Normed
 from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.silu_mul import silu_mul
+from gapless.kernels.wide_tiles import ALL_WIDE_CANDIDATES, ALONE_INPUTS, WideTiles, wide_candidates
 
 FLUSH_BYTES = 128 * 2**20  # more than any L2
 MOST_WEIGHTS = 8  # of a kind, multiplied one after the other in a timing
@@ -40,6 +41,8 @@ ROUNDS = 4  # of them in a timing, each behind a flush: small kernels take a few
 _EPS = 1e-5
 _log = logging.getLogger(__name__)
 
+Tiles = LinearTiles | WideTiles
+_EVER_TRIED: set[Tiles] = {*ALL_CANDIDATES, *ALL_WIDE_CANDIDATES}
 Seconds = Callable[[Callable[[], object]], float]
 """Captures work as a graph and times its replay."""
 
@@ -62,8 +65,16 @@ class Kind:
     def of(cls, weight_OI: Tensor, use: Use) -> Kind:
         return cls(weight_OI.shape[0], weight_OI.shape[1], use)
 
-    def name(self, dtype: torch.dtype, tokens: int) -> str:
-        return f"{self.outputs}x{self.inputs} {self.use} {str(dtype)[6:]} {tokens}"
+    def ways(self, tokens: int, *, wide: bool) -> Sequence[Tiles]:
+        """What is worth timing for this class of tokens."""
+        gated = self.use == Use.GATED
+        apart = wide_candidates(outputs=self.outputs, inputs=self.inputs, gated=gated, tokens=tokens) if wide else []
+        return apart if apart and self.inputs <= ALONE_INPUTS else [*candidates(gated=gated, tokens=tokens), *apart]
+
+    def name(self, dtype: torch.dtype, tokens: int, ways: Sequence[Tiles]) -> str:
+        """Under which a timing of these ways is kept."""
+        wide = " wide" if any(isinstance(tiles, WideTiles) for tiles in ways) else ""
+        return f"{self.outputs}x{self.inputs} {self.use} {str(dtype)[6:]} {tokens}{wide}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +82,16 @@ class Timing:
     """Of one kind at one number of tokens, in microseconds: our fastest tiles, and torch's product with the kernel for
     what follows it. `norm` is that kernel alone where it is RMSNorm, which ours need too where norms are not fused."""
 
-    tiles: LinearTiles
+    tiles: Tiles
     ours: float
     torch: float
     norm: float = 0.0
 
     @classmethod
     def of(cls, tiles: dict[str, int], **times: float) -> Timing:
-        return cls(LinearTiles(**tiles), **times)
+        return cls(WideTiles(**tiles) if "stages" in tiles else LinearTiles(**tiles), **times)
 
-    def tiles_apart(self) -> LinearTiles | None:
+    def tiles_apart(self) -> Tiles | None:
         """The faster way where norms have kernels of their own; None is torch's product."""
         return self.tiles if self.ours + self.norm < self.torch else None
 
@@ -90,11 +101,11 @@ class LinearChoices:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._tiles: dict[tuple[Kind, int], LinearTiles | None] = {}
+        self._tiles: dict[tuple[Kind, int], Tiles | None] = {}
         self.fused: frozenset[int] = frozenset()
         """Numbers of tokens at which the norms are part of the products."""
 
-    def get(self, weight_OI: Tensor, tokens: int, use: Use) -> LinearTiles | None:
+    def get(self, weight_OI: Tensor, tokens: int, use: Use) -> Tiles | None:
         return self._tiles.get((Kind.of(weight_OI, use), tokens))
 
     def prepare(
@@ -106,24 +117,31 @@ class LinearChoices:
         seconds_of: Seconds,
         *,
         may_fuse: bool,
+        wide: bool = False,
+        also: Collection[int] = (),
     ) -> None:
         """Choose for steps of each of these numbers of tokens.
 
         weights  the head's and those of all layers, by kind. Their numbers count where norms are fused or not.
+        wide     whether the kernels of wide_linear.py run here
+        also     more numbers of tokens, for which nothing is timed: they take what was chosen for one of `sizes` that
+                 shares their class, or else torch's products
         """
         known = self._read()
         flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=arrived.device)
         classes: dict[int, list[int]] = {}
         for size in sizes:
             classes.setdefault(token_class(size), []).append(size)
-        for tokens, members in classes.items():
+        for tokens, timed in classes.items():
+            members = [*timed, *(size for size in also if token_class(size) == tokens)]
             timings: dict[Kind, Timing] = {}
             for kind, same in weights.items():
                 if not runs(same[0], tokens):
                     continue
-                name = kind.name(same[0].dtype, tokens)
+                ways = kind.ways(tokens, wide=wide)
+                name = kind.name(same[0].dtype, tokens, ways)
                 if name not in known:
-                    known[name] = _time(kind, same[:MOST_WEIGHTS], max(members), arrived, flush, seconds_of)
+                    known[name] = _time(kind, same[:MOST_WEIGHTS], ways, max(timed), arrived, flush, seconds_of)
                     _log.info("linear map %s: %s", name, known[name])
                 timings[kind] = known[name]
             counts = {kind: len(same) - (kind == head) for kind, same in weights.items()}
@@ -142,7 +160,7 @@ class LinearChoices:
         try:
             entries: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
             known = {name: Timing.of(**entry) for name, entry in entries.items()}
-            return {name: timing for name, timing in known.items() if timing.tiles in ALL_CANDIDATES}
+            return {name: timing for name, timing in known.items() if timing.tiles in _EVER_TRIED}
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             _log.warning("%s is of no use (%s): timing again", self._file, error)
             return {}
@@ -173,7 +191,13 @@ def _fusing_pays(layers: Mapping[Kind, int], timings: Mapping[Kind, Timing]) -> 
 
 
 def _time(
-    kind: Kind, weights: Sequence[Tensor], tokens: int, arrived: Tensor, flush: Tensor, seconds_of: Seconds
+    kind: Kind,
+    weights: Sequence[Tensor],
+    ways: Sequence[Tiles],
+    tokens: int,
+    arrived: Tensor,
+    flush: Tensor,
+    seconds_of: Seconds,
 ) -> Timing:
     device, dtype = weights[0].device, weights[0].dtype
     x_TI = torch.randn(tokens, kind.inputs, device=device).to(dtype)
@@ -190,10 +214,10 @@ def _time(
 
         return seconds_of(all_of_them) * 1e6 / (ROUNDS * len(weights))
 
-    def multiply_by(tiles: LinearTiles | None) -> Callable[[Tensor], object]:
+    def multiply_by(tiles: Tiles | None) -> Callable[[Tensor], object]:
         def work(weight_OI: Tensor) -> None:
             if kind.use == Use.ADDED and tiles is not None:
-                add_linear(x_TI, weight_OI, None, residual_TO, norm_O, _EPS, tiles, arrived)
+                multiply_and_add(x_TI, weight_OI, None, residual_TO, norm_O, _EPS, tiles, arrived)
                 return
             out = multiply(Normed(x_TI), weight_OI, None, tiles, arrived, kind.use)
             if kind.use == Use.ADDED:
@@ -202,10 +226,7 @@ def _time(
         return work
 
     empty = microseconds(None)
-    times = {
-        tiles: microseconds(multiply_by(tiles)) - empty
-        for tiles in candidates(gated=kind.use == Use.GATED, tokens=tokens)
-    }
+    times = {tiles: microseconds(multiply_by(tiles)) - empty for tiles in ways}
     best = min(times, key=lambda tiles: times[tiles])
     norm = 0.0
     if kind.use == Use.ADDED:
@@ -214,13 +235,35 @@ def _time(
 
 
 def multiply(
-    x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: LinearTiles | None, arrived: Tensor, use: Use
+    x: Normed, weight_OI: Tensor, bias_O: Tensor | None, tiles: Tiles | None, arrived: Tensor, use: Use
 ) -> Tensor:
     """One map the way that was chosen, without the norm that may follow."""
     if tiles is None:
         assert x.squares is None
         out_TO = functional.linear(x.x_TH, weight_OI, bias_O)
         return silu_mul(out_TO) if use == Use.GATED else out_TO
+    if isinstance(tiles, WideTiles):
+        from gapless.kernels.wide_linear import wide_gated_linear, wide_linear
+
+        return (wide_gated_linear if use == Use.GATED else wide_linear)(x, weight_OI, bias_O, tiles)
     if use == Use.GATED:
         return gated_linear(x, weight_OI, bias_O, tiles)
     return linear(x, weight_OI, bias_O, tiles, arrived)
+
+
+def multiply_and_add(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor,
+    norm_O: Tensor,
+    eps: float,
+    tiles: Tiles,
+    arrived: Tensor,
+) -> Normed:
+    """Add the product to the residual in place, and return the sum on its way to RMSNorm."""
+    if isinstance(tiles, WideTiles):
+        from gapless.kernels.wide_linear import wide_add_linear
+
+        return wide_add_linear(x_TI, weight_OI, bias_O, residual_TO, norm_O, eps, tiles)
+    return add_linear(x_TI, weight_OI, bias_O, residual_TO, norm_O, eps, tiles, arrived)

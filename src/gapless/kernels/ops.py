@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
-from gapless.kernels.choice import Kind, LinearChoices, Seconds, Use, multiply
+from gapless.kernels.choice import Kind, LinearChoices, Seconds, Use, multiply, multiply_and_add
 from gapless.kernels.dependent import is_hopper
-from gapless.kernels.linear import MOST_TILES, add_linear
+from gapless.kernels.linear import MOST_TILES
 from gapless.kernels.normed import LayerMaps, Normed
 from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.rope_append import rope_append
+from gapless.kernels.wide_tiles import runs_wide
 
 
 class TritonOps:
@@ -44,7 +45,7 @@ class TritonOps:
     ) -> Normed:
         tiles = self._choices.get(weight_OI, len(x_TI), Use.ADDED)
         if tiles is not None and self._arrived is not None and len(x_TI) in self._choices.fused:
-            return add_linear(x_TI, weight_OI, bias_O, residual_TO, norm_O, eps, tiles, self._arrived)
+            return multiply_and_add(x_TI, weight_OI, bias_O, residual_TO, norm_O, eps, tiles, self._arrived)
         update_TO = self._multiply(Normed(x_TI), weight_OI, bias_O, Use.ADDED)
         return Normed(add_rms_norm(update_TO, residual_TO, norm_O, eps))
 
@@ -55,6 +56,7 @@ class TritonOps:
         sizes: Sequence[int],
         seconds_of: Seconds,
         *,
+        also: Sequence[int] = (),
         may_fuse: bool = True,
     ) -> None:
         """may_fuse  whether RMSNorm may become part of the products where that is faster."""
@@ -66,8 +68,10 @@ class TritonOps:
         for weight_OI, use in [(weight_OI, use) for weights, use in uses for weight_OI in weights]:
             kinds.setdefault(Kind.of(weight_OI, use), []).append(weight_OI)
         self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=head_OI.device)
-        wide = head_OI.dtype == torch.bfloat16  # a residual times its norm's weights may be too large for float16
-        self._choices.prepare(head, kinds, sizes, self._arrived, seconds_of, may_fuse=may_fuse and wide)
+        may_fuse &= head_OI.dtype == torch.bfloat16  # a residual times its norm's weights may be too large for float16
+        self._choices.prepare(
+            head, kinds, sizes, self._arrived, seconds_of, may_fuse=may_fuse, wide=runs_wide(), also=also
+        )
 
     def _multiply(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None, use: Use) -> Tensor:
         tiles = None if self._arrived is None else self._choices.get(weight_OI, len(x.x_TH), use)

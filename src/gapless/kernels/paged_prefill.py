@@ -20,7 +20,6 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.kernels.online_softmax import LOG2_E, fold_tile
 
-
 ENTRIES_TILE = tl.constexpr(128)
 
 

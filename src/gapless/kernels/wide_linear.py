@@ -1,5 +1,6 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false, reportReturnType=false, reportPrivateUsage=false
 """Linear maps of hundreds of tokens with few inputs, for decode steps of small models on Hopper, written in Gluon.
 
 Such a map takes a few microseconds, most of them waits: for the kernel before, for the first bytes, for the residual.
@@ -12,9 +13,6 @@ sum of squares.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -33,88 +31,52 @@ from triton.language.extra import cuda
 
 from gapless.kernels.dependent import dependent_launch
 from gapless.kernels.normed import Normed
+from gapless.kernels.wide_tiles import IN_TILE, ITEM, WideTiles
 
-IN_TILE = 64  # inputs of a stage: 128 bytes, the widest swizzle
-SHARED_BYTES = 226 * 1024
-_ITEM = 2  # bytes of bfloat16 and float16
+# By their names in Triton 3.6, or in the versions behind it.
 _LOAD = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _STORE = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 load_tile = gl.constexpr(_LOAD)
 store_tile = gl.constexpr(_STORE)
+all_threads = gl.constexpr(gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier)
 
 
-@gluon.jit
-def _multiply(w_tile, x_tile, sum_, TALL: gl.constexpr):
-    """TALL is what the rows of the product are: outputs or tokens."""
-    if TALL == "outputs":
-        return warpgroup_mma(w_tile, x_tile.permute((1, 0)), sum_, is_async=True)
-    else:
-        return warpgroup_mma(x_tile, w_tile.permute((1, 0)), sum_, is_async=True)
-
-
-@gluon.jit
-def _by_token(value_T, TALL: gl.constexpr):
-    if TALL == "outputs":
-        return value_T[None, :]
-    else:
-        return value_T[:, None]
-
-
-@gluon.jit
-def _by_output(value_O, TALL: gl.constexpr):
-    if TALL == "outputs":
-        return value_O[:, None]
-    else:
-        return value_O[None, :]
-
-
-@gluon.jit
-def _upright(tile, TALL: gl.constexpr):
-    """A tile [tokens, outputs] in shared memory, seen as the product is."""
-    if TALL == "outputs":
-        return tile.permute((1, 0))
-    else:
-        return tile
-
-
-@gluon.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "parts"])
 def wide_kernel(
-    x_TI,
-    weight_HOI,
-    out_TO,
-    residual_TO,
-    bias_O,
-    norm_O,
-    squares_PT,
-    new_squares_PT,
-    tokens,
-    outputs,
-    eps,
+    x_TI: gl.tensor,
+    weight_HOI: gl.tensor,
+    out_TO: gl.tensor,
+    residual_TO: gl.tensor,
+    bias_O: gl.tensor,
+    norm_O: gl.tensor,
+    squares_PT: gl.tensor,
+    new_squares_PT: gl.tensor,
+    tokens: gl.tensor,
+    outputs: gl.tensor,
+    parts: gl.tensor,
+    eps: gl.tensor,
     INPUTS: gl.constexpr,
     TOKEN_TILE: gl.constexpr,
     OUT_TILE: gl.constexpr,
     STAGES: gl.constexpr,
-    TALL: gl.constexpr,
     GATED: gl.constexpr,
     BIAS: gl.constexpr,
     NORMED: gl.constexpr,
     ADD: gl.constexpr,
-    NORM: gl.constexpr,
     PARTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
-):
-    """out = x W^T + b, or with ADD residual += x W^T + b and with NORM also out = residual * norm and its squares, or
-    with GATED silu(the first half of the outputs) * the second half. OUT_TILE counts outputs of one half."""
+) -> None:
+    """out = x W^T + b, or with ADD residual += x W^T + b, out = residual * norm, and its squares, or with GATED
+    silu(the first half of the outputs) * the second half. OUT_TILE counts outputs of one half."""
     IN_TILE: gl.constexpr = x_TI.block_type.shape[1]
     STEPS: gl.constexpr = (INPUTS + IN_TILE - 1) // IN_TILE
     HALVES: gl.constexpr = 2 if GATED else 1
     dtype: gl.constexpr = x_TI.dtype
     BYTES: gl.constexpr = (HALVES * OUT_TILE + TOKEN_TILE) * IN_TILE * 2
-    COLUMNS: gl.constexpr = TOKEN_TILE if TALL == "outputs" else OUT_TILE
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
-    token_layout: gl.constexpr = gl.SliceLayout(0 if TALL == "outputs" else 1, layout)
-    out_layout: gl.constexpr = gl.SliceLayout(1 if TALL == "outputs" else 0, layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, OUT_TILE, 16])
+    token_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    out_layout: gl.constexpr = gl.SliceLayout(0, layout)
 
     first_token = gl.program_id(0) * TOKEN_TILE
     tile = gl.program_id(1)
@@ -149,30 +111,31 @@ def wide_kernel(
     if NORMED:
         square_T = gl.zeros([TOKEN_TILE], gl.float32, token_layout)
         for part in gl.static_range(PARTS):
-            square_T += gl.load(squares_PT + part * tokens + token_T, mask=token_T < tokens, other=0.0)
+            inside_T = (token_T < tokens) & (part < parts)
+            square_T += gl.load(squares_PT + part * tokens + token_T, mask=inside_T, other=0.0)
         inverse_T = gl.rsqrt(square_T / INPUTS + eps)
     if BIAS:
         bias = gl.load(bias_O + out_O, mask=out_O < outputs, other=0.0).to(gl.float32)
         if GATED:
             up_bias = gl.load(bias_O + outputs + out_O, mask=out_O < outputs, other=0.0).to(gl.float32)
-    if NORM:
+    if ADD:
         norm = gl.load(norm_O + out_O, mask=out_O < outputs, other=0.0).to(gl.float32)
 
-    ROWS: gl.constexpr = OUT_TILE if TALL == "outputs" else TOKEN_TILE
-    sum_ = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+    sum_ = gl.zeros([TOKEN_TILE, OUT_TILE], gl.float32, layout)
     up = sum_
     for step in gl.static_range(STEPS):
         mbarrier.wait(ready_S[step % STAGES], (step // STAGES) & 1)
-        w_tile = w_S[step % STAGES]._reinterpret(dtype, [HALVES * OUT_TILE, IN_TILE], x_TI.layout)
-        sum_ = _multiply(w_tile.slice(0, OUT_TILE), x_S[step % STAGES], sum_, TALL)
+        x_tile = x_S[step % STAGES]
+        w_tile = w_S[step % STAGES].reshape([HALVES * OUT_TILE, IN_TILE])
+        sum_ = warpgroup_mma(x_tile, w_tile.slice(0, OUT_TILE).permute((1, 0)), sum_, is_async=True)
         if GATED:
-            up = _multiply(w_tile.slice(OUT_TILE, OUT_TILE), x_S[step % STAGES], up, TALL)
+            up = warpgroup_mma(x_tile, w_tile.slice(OUT_TILE, OUT_TILE).permute((1, 0)), up, is_async=True)
         if step >= 1 and step - 1 + STAGES < STEPS:  # the product before is done: refill its stage
             if GATED:
                 sum_, up = warpgroup_mma_wait(HALVES, deps=(sum_, up))
             else:
                 sum_ = warpgroup_mma_wait(HALVES, deps=(sum_,))
-            gl.thread_barrier()
+            all_threads()
             start = (step - 1 + STAGES) * IN_TILE
             ready = ready_S[(step - 1) % STAGES]
             mbarrier.expect(ready, BYTES)
@@ -184,65 +147,46 @@ def wide_kernel(
         sum_ = warpgroup_mma_wait(0, deps=(sum_,))
 
     if NORMED:
-        sum_ *= _by_token(inverse_T, TALL)
+        sum_ *= inverse_T[:, None]
         if GATED:
-            up *= _by_token(inverse_T, TALL)
+            up *= inverse_T[:, None]
     if BIAS:
-        sum_ += _by_output(bias, TALL)
+        sum_ += bias[None, :]
         if GATED:
-            up += _by_output(up_bias, TALL)
+            up += up_bias[None, :]
     made = sum_.to(dtype)
     if GATED:
         gate = made.to(gl.float32)  # rounded as if the product had been stored
         made = (gate / (1.0 + gl.exp(-gate)) * up.to(dtype).to(gl.float32)).to(dtype)
     if ADD:
         mbarrier.wait(residual_ready, 0)
-        before = _upright(out_smem, TALL).load(layout).to(gl.float32)
+        before = out_smem.load(layout).to(gl.float32)
         made = (before + made.to(gl.float32)).to(dtype)
-        gl.thread_barrier()
-    _upright(out_smem, TALL).store(made)
+        all_threads()
+    out_smem.store(made)
     fence_async_shared()
-    gl.thread_barrier()
-    if NORM:
+    all_threads()
+    if ADD:
         store_tile(residual_TO, [first_token, first], out_smem)
         wide = made.to(gl.float32)
         normed_smem = gl.allocate_shared_memory(dtype, [TOKEN_TILE, OUT_TILE], out_TO.layout)
-        _upright(normed_smem, TALL).store((wide * _by_output(norm, TALL)).to(dtype))
+        normed_smem.store((wide * norm[None, :]).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        all_threads()
         store_tile(out_TO, [first_token, first], normed_smem)
-        square = gl.sum(wide * wide, axis=0 if TALL == "outputs" else 1)
-        gl.store(new_squares_PT + tile * tokens + token_T, square, mask=token_T < tokens)
-    elif ADD:
-        store_tile(residual_TO, [first_token, first], out_smem)
+        square_T = gl.sum(wide * wide, axis=1)
+        gl.store(new_squares_PT + tile * tokens + token_T, square_T, mask=token_T < tokens)
+        tma.store_wait(0)
+        normed_smem._keep_alive()
     else:
         store_tile(out_TO, [first_token, first], out_smem)
-    tma.store_wait(0)
-
-
-@dataclass(frozen=True, slots=True)
-class WideTiles:
-    """How a map is cut up. out_tile outputs, of a gated map as many of each half; `tall` are the rows of the product,
-    which come in 64s for each four warps: "tokens" or "outputs"."""
-
-    token_tile: int
-    out_tile: int
-    stages: int
-    tall: str = "tokens"
-    num_warps: int = 4
-
-    def used_stages(self, inputs: int) -> int:
-        return min(self.stages, triton.cdiv(inputs, IN_TILE))
-
-    def fits(self, inputs: int, *, gated: bool) -> bool:
-        """Whether a program's tiles fit its shared memory."""
-        rows = self.token_tile + self.out_tile * (2 if gated else 1)
-        copies = 2 * self.token_tile * self.out_tile
-        return (self.used_stages(inputs) * rows * IN_TILE + copies) * _ITEM + 1024 <= SHARED_BYTES
+        tma.store_wait(0)
+    # The compiler would give a tile's memory away behind the last line that names it, while it is still being copied.
+    out_smem._keep_alive()
 
 
 def _descriptor(tensor: Tensor, *tile: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(min(tile[-1] * _ITEM, 128), 8 * _ITEM, len(tile))
+    layout = gl.NVMMASharedLayout(min(tile[-1] * ITEM, 128), 8 * ITEM, len(tile))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(tile), layout)
 
 
@@ -265,7 +209,6 @@ def _launch(
     squares = None
     if norm_O is not None:
         squares = torch.empty((grid[1], tokens), dtype=torch.float32, device=x_TI.device)
-    options: dict[str, Any] = dependent_launch()
     wide_kernel[grid](
         _descriptor(x_TI, tiles.token_tile, IN_TILE),
         _descriptor(weight_OI.view(halves, outputs, inputs), halves, tiles.out_tile, IN_TILE),
@@ -277,21 +220,20 @@ def _launch(
         x_TI if squares is None else squares,
         tokens,
         outputs,
+        0 if x.squares is None else len(x.squares),
         x.eps,
         INPUTS=inputs,
         TOKEN_TILE=tiles.token_tile,
         OUT_TILE=tiles.out_tile,
         STAGES=tiles.used_stages(inputs),
-        TALL=tiles.tall,
         GATED=gated,
         BIAS=bias_O is not None,
         NORMED=x.squares is not None,
         ADD=residual_TO is not None,
-        NORM=norm_O is not None,
-        PARTS=0 if x.squares is None else len(x.squares),
+        PARTS=1 if x.squares is None else triton.next_power_of_2(len(x.squares)),
         num_warps=tiles.num_warps,
         enable_fp_fusion=True,
-        **options,
+        **dependent_launch(),
     )
     return squares
 
