@@ -103,7 +103,7 @@ def test_a_choice_is_kept_and_not_timed_again(tmp_path: Path):
     assert clock.timings == 0
 
 
-NAME = Kind.of(HEAD, Use.PLAIN).name(torch.bfloat16, 16, CANDIDATES)
+NAME = "256x128 plain bfloat16 16"
 NO_SENSE = ["", "[]", "{", *(json.dumps({NAME: entry}) for entry in ({"old": 1}, 3, {"tiles": {"a": 1}}, {"tiles": 7}))]
 
 

@@ -11,8 +11,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.nn import functional
 
 from gapless.kernels.linear import (
     ALL_CANDIDATES,
+    MOST_TILES,
     LinearTiles,
     add_linear,
     candidates,
@@ -37,6 +40,7 @@ from gapless.kernels.wide_tiles import ALL_WIDE_CANDIDATES, ALONE_INPUTS, WideTi
 
 FLUSH_BYTES = 128 * 2**20  # more than any L2
 MOST_WEIGHTS = 8  # of a kind, multiplied one after the other in a timing
+MOST_THREADS = 16  # that compile
 ROUNDS = 4  # of them in a timing, each behind a flush: small kernels take a few microseconds each
 _EPS = 1e-5
 _log = logging.getLogger(__name__)
@@ -70,11 +74,6 @@ class Kind:
         gated = self.use == Use.GATED
         apart = wide_candidates(outputs=self.outputs, inputs=self.inputs, gated=gated, tokens=tokens) if wide else []
         return apart if apart and self.inputs <= ALONE_INPUTS else [*candidates(gated=gated, tokens=tokens), *apart]
-
-    def name(self, dtype: torch.dtype, tokens: int, ways: Sequence[Tiles]) -> str:
-        """Under which a timing of these ways is kept."""
-        wide = " wide" if any(isinstance(tiles, WideTiles) for tiles in ways) else ""
-        return f"{self.outputs}x{self.inputs} {self.use} {str(dtype)[6:]} {tokens}{wide}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +127,25 @@ class LinearChoices:
                  shares their class, or else torch's products
         """
         known = self._read()
-        flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=arrived.device)
         classes: dict[int, list[int]] = {}
         for size in sizes:
             classes.setdefault(token_class(size), []).append(size)
+        trials = {
+            (tokens, kind): _Trial(kind, same[:MOST_WEIGHTS], kind.ways(tokens, wide=wide), tokens, max(timed))
+            for tokens, timed in classes.items()
+            for kind, same in weights.items()
+            if runs(same[0], tokens)
+        }
+        unknown = [trial for trial in trials.values() if trial.name not in known]
+        if unknown:
+            compile_all([job for trial in unknown for job in trial.launches()], arrived.device)
+            flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=arrived.device)
+            for trial in unknown:
+                known[trial.name] = trial.measure(arrived, flush, seconds_of)
+                _log.info("linear map %s: %s", trial.name, known[trial.name])
         for tokens, timed in classes.items():
             members = [*timed, *(size for size in also if token_class(size) == tokens)]
-            timings: dict[Kind, Timing] = {}
-            for kind, same in weights.items():
-                if not runs(same[0], tokens):
-                    continue
-                ways = kind.ways(tokens, wide=wide)
-                name = kind.name(same[0].dtype, tokens, ways)
-                if name not in known:
-                    known[name] = _time(kind, same[:MOST_WEIGHTS], ways, max(timed), arrived, flush, seconds_of)
-                    _log.info("linear map %s: %s", name, known[name])
-                timings[kind] = known[name]
+            timings = {kind: known[trial.name] for (of, kind), trial in trials.items() if of == tokens}
             counts = {kind: len(same) - (kind == head) for kind, same in weights.items()}
             layers = {kind: count for kind, count in counts.items() if count}
             fuse = may_fuse and _fusing_pays(layers, timings)
@@ -190,48 +192,87 @@ def _fusing_pays(layers: Mapping[Kind, int], timings: Mapping[Kind, Timing]) -> 
     return fused < apart
 
 
-def _time(
-    kind: Kind,
-    weights: Sequence[Tensor],
-    ways: Sequence[Tiles],
-    tokens: int,
-    arrived: Tensor,
-    flush: Tensor,
-    seconds_of: Seconds,
-) -> Timing:
-    device, dtype = weights[0].device, weights[0].dtype
-    x_TI = torch.randn(tokens, kind.inputs, device=device).to(dtype)
-    residual_TO = torch.zeros(tokens, kind.outputs if kind.use == Use.ADDED else 0, device=device, dtype=dtype)
-    norm_O = torch.ones(residual_TO.shape[1], device=device, dtype=dtype)
+class _Trial:
+    """Ways to multiply with weights of one kind, to be timed with so many tokens for all of a class.
 
-    def microseconds(work: Callable[[Tensor], object] | None) -> float:
-        def all_of_them() -> None:
-            for _ in range(ROUNDS):
-                flush.zero_()
-                for weight_OI in weights if work else ():
-                    assert work is not None
-                    work(weight_OI)
+    name  under which the timing is kept
+    """
 
-        return seconds_of(all_of_them) * 1e6 / (ROUNDS * len(weights))
+    def __init__(
+        self, kind: Kind, weights: Sequence[Tensor], ways: Sequence[Tiles], token_class: int, tokens: int
+    ) -> None:
+        wide = " wide" if any(isinstance(tiles, WideTiles) for tiles in ways) else ""
+        dtype = str(weights[0].dtype)[6:]
+        self.name = f"{kind.outputs}x{kind.inputs} {kind.use} {dtype} {token_class}{wide}"
+        self._kind, self._weights, self._ways, self._tokens = kind, weights, ways, tokens
 
-    def multiply_by(tiles: Tiles | None) -> Callable[[Tensor], object]:
+    def launches(self) -> list[Callable[[], object]]:
+        """Each way once, on memory of its own."""
+
+        def launch(tiles: Tiles) -> None:
+            arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=self._weights[0].device)
+            self._multiply_by(tiles, arrived)(self._weights[0])
+
+        return [partial(launch, tiles) for tiles in self._ways]
+
+    def measure(self, arrived: Tensor, flush: Tensor, seconds_of: Seconds) -> Timing:
+        def microseconds(work: Callable[[Tensor], object] | None) -> float:
+            def all_of_them() -> None:
+                for _ in range(ROUNDS):
+                    flush.zero_()
+                    for weight_OI in self._weights if work else ():
+                        assert work is not None
+                        work(weight_OI)
+
+            return seconds_of(all_of_them) * 1e6 / (ROUNDS * len(self._weights))
+
+        empty = microseconds(None)
+        times = {tiles: microseconds(self._multiply_by(tiles, arrived)) - empty for tiles in self._ways}
+        best = min(times, key=lambda tiles: times[tiles])
+        norm = 0.0
+        if self._kind.use == Use.ADDED:
+            _, residual_TO, norm_O = self._operands()
+            norm = microseconds(lambda _: add_rms_norm(residual_TO, residual_TO, norm_O, _EPS)) - empty
+        return Timing(best, times[best], microseconds(self._multiply_by(None, arrived)) - empty, norm)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, and a residual and its norm's weights where there is one."""
+        kind, device, dtype = self._kind, self._weights[0].device, self._weights[0].dtype
+        x_TI = torch.randn(self._tokens, kind.inputs, device=device).to(dtype)
+        residual_TO = torch.zeros(
+            self._tokens, kind.outputs if kind.use == Use.ADDED else 0, device=device, dtype=dtype
+        )
+        return x_TI, residual_TO, torch.ones(residual_TO.shape[1], device=device, dtype=dtype)
+
+    def _multiply_by(self, tiles: Tiles | None, arrived: Tensor) -> Callable[[Tensor], object]:
+        x_TI, residual_TO, norm_O = self._operands()
+        use = self._kind.use
+
         def work(weight_OI: Tensor) -> None:
-            if kind.use == Use.ADDED and tiles is not None:
+            if use == Use.ADDED and tiles is not None:
                 multiply_and_add(x_TI, weight_OI, None, residual_TO, norm_O, _EPS, tiles, arrived)
                 return
-            out = multiply(Normed(x_TI), weight_OI, None, tiles, arrived, kind.use)
-            if kind.use == Use.ADDED:
+            out = multiply(Normed(x_TI), weight_OI, None, tiles, arrived, use)
+            if use == Use.ADDED:
                 add_rms_norm(out, residual_TO, norm_O, _EPS)
 
         return work
 
-    empty = microseconds(None)
-    times = {tiles: microseconds(multiply_by(tiles)) - empty for tiles in ways}
-    best = min(times, key=lambda tiles: times[tiles])
-    norm = 0.0
-    if kind.use == Use.ADDED:
-        norm = microseconds(lambda _: add_rms_norm(residual_TO, residual_TO, norm_O, _EPS)) - empty
-    return Timing(best, times[best], microseconds(multiply_by(None)) - empty, norm)
+
+def compile_all(launches: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Launch these once, side by side: a kernel is compiled at its first launch, which is most of a cold start's time.
+
+    What fails here fails again, and is told, where its result is wanted.
+    """
+    if device.type != "cuda":
+        return
+
+    def on_device(launch: Callable[[], object]) -> None:
+        torch.accelerator.set_device_index(device)
+        launch()
+
+    with ThreadPoolExecutor(max_workers=min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        wait([pool.submit(on_device, launch) for launch in launches])
 
 
 def multiply(
