@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gapless.kernels.choice import Kind, LinearChoices, Use
+from gapless.kernels import choice
+from gapless.kernels.choice import Kind, Launch, LinearChoices, Use, compile_all
 from gapless.kernels.linear import CANDIDATES, LinearTiles, candidates
 from gapless.kernels.wide_tiles import WIDE_CANDIDATES, WideTiles
 
@@ -104,7 +110,14 @@ def test_a_choice_is_kept_and_not_timed_again(tmp_path: Path):
 
 
 NAME = "256x128 plain bfloat16 16"
-NO_SENSE = ["", "[]", "{", *(json.dumps({NAME: entry}) for entry in ({"old": 1}, 3, {"tiles": {"a": 1}}, {"tiles": 7}))]
+GOOD_TILES = {"out_tile": 64, "in_tile": 128, "split": 1, "num_stages": 5}
+WRONG_TIME = {"tiles": GOOD_TILES, "ours": "x", "torch": 1.0}
+NO_SENSE = [
+    "",
+    "[]",
+    "{",
+    *(json.dumps({NAME: entry}) for entry in ({"old": 1}, 3, {"tiles": {"a": 1}}, {"tiles": 7}, WRONG_TIME)),
+]
 
 
 @pytest.mark.parametrize("text", NO_SENSE)
@@ -214,3 +227,76 @@ def test_a_map_of_the_layers_that_has_the_heads_shape_is_ours_where_norms_are_fu
     choices.prepare(head, kinds, [5], torch.zeros(8, dtype=torch.int32), Clock([*plain, *added]), may_fuse=True)
     assert choices.fused == frozenset([5])
     assert choices.get(HEAD, 5, Use.PLAIN) is not None
+
+
+def side_by_side(arch: int, shared_bytes: int) -> dict[str, Any]:
+    script = Path(__file__).with_name("side_by_side.py")
+    command = [sys.executable, str(script), str(arch), str(shared_bytes)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_equal_kernels_are_compiled_once_and_none_is_unloaded():
+    """Two maps of different shape take the same kernels."""
+    assert side_by_side(90, 232_448) == {"load": 5, "launch": 10, "ways": [[0, 1, 2, 3, 4]] * 2}
+
+
+def test_ways_that_do_not_run_on_a_device_are_left_out():
+    """Less than half the shared memory, as on sm_120."""
+    found = side_by_side(120, 101_376)
+    first, second = found["ways"]
+    assert first == second
+    assert 0 < len(first) == found["load"] < 5
+
+
+def test_a_kind_of_which_no_way_runs_is_torchs(monkeypatch: pytest.MonkeyPatch):
+    def drop(launches: Sequence[Launch], device: torch.device) -> None:
+        for launch in launches:
+            launch.trial.ways.remove(launch.tiles)
+
+    monkeypatch.setattr(choice, "compile_all", drop)
+    choices, head = LinearChoices(None), Kind.of(HEAD, Use.PLAIN)
+    choices.prepare(head, {head: [HEAD]}, [8], torch.zeros(8, dtype=torch.int32), Clock([]), may_fuse=True)
+    assert choices.get(HEAD, 8, Use.PLAIN) is None
+
+
+def test_ctrl_c_ends_the_compiling_after_the_kernels_in_hand(monkeypatch: pytest.MonkeyPatch):
+    class Slow:
+        launched = 0
+
+        def launch(self, tiles: LinearTiles | WideTiles) -> None:
+            self.launched += 1
+            if self.launched == 1:
+                _thread.interrupt_main()
+            time.sleep(0.05)
+
+    def no_device(_index: object) -> None: ...
+
+    monkeypatch.setattr(torch.accelerator, "set_device_index", no_device)
+    monkeypatch.setattr(choice, "MOST_THREADS", 1)
+    slow: Any = Slow()
+    with pytest.raises(KeyboardInterrupt):
+        compile_all([Launch(slow, CANDIDATES[0], (number,)) for number in range(40)], torch.device("cuda"))
+    assert slow.launched < 40
+
+
+def test_processes_that_share_a_file_keep_each_others_entries(tmp_path: Path):
+    file, other = tmp_path / "linear.json", torch.empty(1024, 128, dtype=torch.bfloat16)
+    first = fastest(0)
+
+    def other_process(work: Callable[[], object]) -> float:
+        if not first.timings:
+            prepare_only(other, file, fastest(1))
+        return first(work)
+
+    prepare_only(HEAD, file, other_process)
+    assert set(json.loads(file.read_text())) == {NAME, "1024x128 plain bfloat16 16"}
+    before = file.stat().st_mtime_ns
+    prepare_only(HEAD, file, Clock([]))
+    assert file.stat().st_mtime_ns == before
+
+
+def prepare_only(weight_OI: Tensor, file: Path, clock: Callable[[Callable[[], object]], float]) -> None:
+    choices, head = LinearChoices(file), Kind.of(weight_OI, Use.PLAIN)
+    choices.prepare(head, {head: [weight_OI]}, [8], torch.zeros(8, dtype=torch.int32), clock, may_fuse=True)

@@ -14,9 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch.nn import functional
 
 from gapless.kernels.linear import (
     ALL_CANDIDATES,
+    LARGEST_TILE,
     MOST_TILES,
     LinearTiles,
     add_linear,
@@ -88,7 +88,8 @@ class Timing:
 
     @classmethod
     def of(cls, tiles: dict[str, int], **times: float) -> Timing:
-        return cls(WideTiles(**tiles) if "stages" in tiles else LinearTiles(**tiles), **times)
+        microseconds = {name: float(time) for name, time in times.items()}
+        return cls(WideTiles(**tiles) if "stages" in tiles else LinearTiles(**tiles), **microseconds)
 
     def tiles_apart(self) -> Tiles | None:
         """The faster way where norms have kernels of their own; None is torch's product."""
@@ -138,14 +139,18 @@ class LinearChoices:
         }
         unknown = [trial for trial in trials.values() if trial.name not in known]
         if unknown:
-            compile_all([job for trial in unknown for job in trial.launches()], arrived.device)
+            compile_all([launch for trial in unknown for launch in trial.launches()], arrived.device)
             flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=arrived.device)
-            for trial in unknown:
-                known[trial.name] = trial.measure(arrived, flush, seconds_of)
-                _log.info("linear map %s: %s", trial.name, known[trial.name])
+            new = {trial.name: trial.measure(arrived, flush, seconds_of) for trial in unknown if trial.ways}
+            for name, timing in new.items():
+                _log.info("linear map %s: %s", name, timing)
+            known |= new
+            self._write(new)
         for tokens, timed in classes.items():
             members = [*timed, *(size for size in also if token_class(size) == tokens)]
-            timings = {kind: known[trial.name] for (of, kind), trial in trials.items() if of == tokens}
+            timings = {
+                kind: known[trial.name] for (of, kind), trial in trials.items() if of == tokens and trial.name in known
+            }
             counts = {kind: len(same) - (kind == head) for kind, same in weights.items()}
             layers = {kind: count for kind, count in counts.items() if count}
             fuse = may_fuse and _fusing_pays(layers, timings)
@@ -154,12 +159,13 @@ class LinearChoices:
             for kind, timing in timings.items():
                 tiles = timing.tiles if fuse and kind in layers else timing.tiles_apart()
                 self._tiles.update({(kind, size): tiles for size in members})
-        self._write(known)
 
     def _read(self) -> dict[str, Timing]:
-        if self._file is None or not self._file.exists():
+        if self._file is None:
             return {}
         try:
+            if not self._file.exists():
+                return {}
             entries: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
             known = {name: Timing.of(**entry) for name, entry in entries.items()}
             return {name: timing for name, timing in known.items() if timing.tiles in _EVER_TRIED}
@@ -167,14 +173,16 @@ class LinearChoices:
             _log.warning("%s is of no use (%s): timing again", self._file, error)
             return {}
 
-    def _write(self, known: dict[str, Timing]) -> None:
+    def _write(self, new: dict[str, Timing]) -> None:
+        """Add these to what the file has by now, which other processes may have written to."""
         if self._file is None:
             return
-        entries = {name: asdict(timing) for name, timing in sorted(known.items())}
+        entries = {name: asdict(timing) for name, timing in sorted({**self._read(), **new}.items())}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as unfinished:
                 json.dump(entries, unfinished, indent=1)
+            os.chmod(unfinished.name, 0o644)
             os.replace(unfinished.name, self._file)
         except OSError as error:
             _log.warning("the choice of kernels could not be kept: %s", error)
@@ -196,6 +204,7 @@ class _Trial:
     """Ways to multiply with weights of one kind, to be timed with so many tokens for all of a class.
 
     name  under which the timing is kept
+    ways  those that compile and fit, as far as it is known
     """
 
     def __init__(
@@ -204,16 +213,20 @@ class _Trial:
         wide = " wide" if any(isinstance(tiles, WideTiles) for tiles in ways) else ""
         dtype = str(weights[0].dtype)[6:]
         self.name = f"{kind.outputs}x{kind.inputs} {kind.use} {dtype} {token_class}{wide}"
-        self._kind, self._weights, self._ways, self._tokens = kind, weights, ways, tokens
+        self.ways = list(ways)
+        self._kind, self._weights, self._tokens = kind, weights, tokens
 
-    def launches(self) -> list[Callable[[], object]]:
-        """Each way once, on memory of its own."""
+    def launches(self) -> list[Launch]:
+        return [Launch(self, tiles, self._kernel(tiles)) for tiles in self.ways]
 
-        def launch(tiles: Tiles) -> None:
-            arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=self._weights[0].device)
-            self._multiply_by(tiles, arrived)(self._weights[0])
+    def launch(self, tiles: Tiles) -> None:
+        """One way once, with memory of its own. A tile's tokens take the same kernel as more of them."""
+        arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=self._weights[0].device)
+        self._multiply_by(tiles, arrived, min(self._tokens, LARGEST_TILE))(self._weights[0])
 
-        return [partial(launch, tiles) for tiles in self._ways]
+    def _kernel(self, tiles: Tiles) -> tuple[object, ...]:
+        size = self._kind.inputs if isinstance(tiles, WideTiles) else tiles.tokens(self._tokens)
+        return tiles, self._kind.use, size
 
     def measure(self, arrived: Tensor, flush: Tensor, seconds_of: Seconds) -> Timing:
         def microseconds(work: Callable[[Tensor], object] | None) -> float:
@@ -227,25 +240,24 @@ class _Trial:
             return seconds_of(all_of_them) * 1e6 / (ROUNDS * len(self._weights))
 
         empty = microseconds(None)
-        times = {tiles: microseconds(self._multiply_by(tiles, arrived)) - empty for tiles in self._ways}
+        times = {tiles: microseconds(self._multiply_by(tiles, arrived, self._tokens)) - empty for tiles in self.ways}
         best = min(times, key=lambda tiles: times[tiles])
         norm = 0.0
         if self._kind.use == Use.ADDED:
-            _, residual_TO, norm_O = self._operands()
+            _, residual_TO, norm_O = self._operands(self._tokens)
             norm = microseconds(lambda _: add_rms_norm(residual_TO, residual_TO, norm_O, _EPS)) - empty
-        return Timing(best, times[best], microseconds(self._multiply_by(None, arrived)) - empty, norm)
+        torchs = microseconds(self._multiply_by(None, arrived, self._tokens)) - empty
+        return Timing(best, times[best], torchs, norm)
 
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _operands(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, and a residual and its norm's weights where there is one."""
         kind, device, dtype = self._kind, self._weights[0].device, self._weights[0].dtype
-        x_TI = torch.randn(self._tokens, kind.inputs, device=device).to(dtype)
-        residual_TO = torch.zeros(
-            self._tokens, kind.outputs if kind.use == Use.ADDED else 0, device=device, dtype=dtype
-        )
+        x_TI = torch.randn(tokens, kind.inputs, device=device).to(dtype)
+        residual_TO = torch.zeros(tokens, kind.outputs if kind.use == Use.ADDED else 0, device=device, dtype=dtype)
         return x_TI, residual_TO, torch.ones(residual_TO.shape[1], device=device, dtype=dtype)
 
-    def _multiply_by(self, tiles: Tiles | None, arrived: Tensor) -> Callable[[Tensor], object]:
-        x_TI, residual_TO, norm_O = self._operands()
+    def _multiply_by(self, tiles: Tiles | None, arrived: Tensor, tokens: int) -> Callable[[Tensor], object]:
+        x_TI, residual_TO, norm_O = self._operands(tokens)
         use = self._kind.use
 
         def work(weight_OI: Tensor) -> None:
@@ -259,20 +271,41 @@ class _Trial:
         return work
 
 
-def compile_all(launches: Sequence[Callable[[], object]], device: torch.device) -> None:
-    """Launch these once, side by side: a kernel is compiled at its first launch, which is most of a cold start's time.
+class Launch(NamedTuple):
+    """A first launch, which compiles. kernel: equal for launches of the same kernel, or of some that differ."""
 
-    What fails here fails again, and is told, where its result is wanted.
+    trial: _Trial
+    tiles: Tiles
+    kernel: tuple[object, ...]
+
+
+def compile_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """Launch these once, side by side: compiling is most of a cold start's time. Ways that fail are dropped.
+
+    Launches of one kernel follow each other: side by side, each would compile it, and unload what another has launched.
     """
     if device.type != "cuda":
         return
+    alike: dict[tuple[object, ...], list[Launch]] = {}
+    for launch in launches:
+        alike.setdefault(launch.kernel, []).append(launch)
 
-    def on_device(launch: Callable[[], object]) -> None:
+    def run(same: Sequence[Launch]) -> None:
         torch.accelerator.set_device_index(device)
-        launch()
+        for launch in same:
+            try:
+                launch.trial.launch(launch.tiles)
+            except torch.OutOfMemoryError:
+                continue  # it may fit when it is timed
+            except Exception as error:  # noqa: BLE001 - whatever the compiler says, the other ways are still there
+                _log.warning("%s can not run here: %s", launch.tiles, error)
+                launch.trial.ways.remove(launch.tiles)
 
-    with ThreadPoolExecutor(max_workers=min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        wait([pool.submit(on_device, launch) for launch in launches])
+    pool = ThreadPoolExecutor(max_workers=min(MOST_THREADS, len(os.sched_getaffinity(0))))
+    try:
+        wait([pool.submit(run, same) for same in alike.values()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def multiply(

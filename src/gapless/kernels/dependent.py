@@ -30,13 +30,22 @@ def follow(DEPENDENT: tl.constexpr) -> None:
         cuda.gdc_launch_dependents()
 
 
-@functools.cache
 def is_hopper() -> bool:
     """Whether the current device has dependent launches and bulk copies: sm_90 or newer."""
+    return nvidia_arch() >= SINCE
+
+
+def nvidia_arch() -> int:
+    """Of the current device, 90 for sm_90; 0 where it is not NVIDIA's, and in the interpreter."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return False
+        return 0
+    return _arch_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _arch_of(_device: int) -> int:
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= SINCE
+    return target.arch if target.backend == "cuda" else 0
 
 
 def dependent_launch() -> dict[str, bool]:

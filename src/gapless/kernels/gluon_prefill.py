@@ -18,10 +18,7 @@ tile.
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gapless.attention.base import AttentionBatch, LayerKV
+from gapless.kernels.dependent import nvidia_arch
 from gapless.kernels.online_softmax import LOG2_E
 
 ROWS = gl.constexpr(128)  # of a program
@@ -318,20 +316,13 @@ def prefill_kernel(
     )
 
 
-@functools.cache
-def _is_sm_90() -> bool:
-    """Whether the current device is a Hopper: newer ones lack its products."""
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch == 90
-
-
 def runs(q_TND: Tensor, kv: LayerKV) -> bool:
     """Whether gluon_prefill can attend with these queries to this cache."""
     head_dim, group = q_TND.shape[2], q_TND.shape[1] // kv.k_BKSD.shape[1]
     fits = head_dim in (64, 128) and kv.block_size in (16, 32, 64) and group <= ROWS.value // 2
     halves = q_TND.dtype in (torch.bfloat16, torch.float16) and q_TND.dtype == kv.k_BKSD.dtype
     aligned = q_TND.stride(0) % 8 == 0 and q_TND.stride(1) == head_dim and q_TND.data_ptr() % 16 == 0
-    return q_TND.is_cuda and fits and halves and aligned and _is_sm_90()
+    return q_TND.is_cuda and fits and halves and aligned and nvidia_arch() == 90  # newer ones lack its products
 
 
 def gluon_prefill(q_TND: Tensor, out_TND: Tensor, kv: LayerKV, batch: AttentionBatch, scale: float) -> None:

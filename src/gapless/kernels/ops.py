@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
@@ -21,11 +22,12 @@ from gapless.kernels.wide_tiles import runs_wide
 class TritonOps:
     """Implements models/layers.py `LayerOps`.
 
-    choices  where the choice of linear kernels is kept; None: nowhere.
+    choices  where the choice of linear kernels is kept, for this version of Triton; None: nowhere.
     """
 
     def __init__(self, choices: Path | None = None) -> None:
-        self._choices = LinearChoices(choices)
+        file = None if choices is None else choices.with_stem(f"{choices.stem}-triton-{triton.__version__}")
+        self._choices = LinearChoices(file)
         self._arrived: Tensor | None = None
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:

@@ -93,6 +93,7 @@ def wide_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready_S[stage], count=1)
     mbarrier.init(residual_ready, count=1)
+    fence_async_shared()  # copies see the barriers
     for stage in gl.static_range(STAGES):
         mbarrier.expect(ready_S[stage], BYTES)
     if ADD:

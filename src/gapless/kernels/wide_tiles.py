@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import triton
 
-from gapless.kernels.dependent import is_hopper
+from gapless.kernels.dependent import nvidia_arch
 
 IN_TILE = 64  # inputs of a stage: 128 bytes, the widest swizzle
 ITEM = 2  # bytes of bfloat16 and float16
@@ -67,11 +67,11 @@ def wide_candidates(*, outputs: int, inputs: int, gated: bool, tokens: int) -> S
 
 def runs_wide() -> bool:
     """Whether the current device has Hopper's matrix instructions, and this Triton the Gluon that the kernels need."""
-    if not is_hopper() or triton.runtime.driver.active.get_current_target().arch != WGMMA_ARCH:
+    if nvidia_arch() != WGMMA_ARCH:
         return False
     try:
         import gapless.kernels.wide_linear  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         _log.warning("wide linear maps need another Triton: %s", error)
         return False
     return True
