@@ -70,12 +70,12 @@ class EngineConfig:
     block_size          tokens in a KV block.
     kv_cache_bytes      memory for the KV cache; None: sized from free memory.
     num_blocks          KV blocks, overriding kv_cache_bytes.
-    memory_fraction     share of the memory that is free after the weights for KV cache and activations; the rest is for
-                        graphs and libraries.
-    graphs              capture CUDA graphs of decode steps (no effect on the CPU device).
-    graph_buckets       padded batch sizes to capture; None: chosen from max_rows.
+    memory_fraction     share of the memory that is free after the weights for KV cache, activations and graphs; the
+                        rest is for libraries.
+    graphs              capture CUDA graphs of steps (no effect on the CPU device).
+    graph_buckets       padded batch sizes to capture of steps that only decode; None: chosen from max_rows.
     graph_tokens        most prompt tokens of a captured step that reads prompts and decodes; None: by the model's size,
-                        as far as launching a step without a graph takes longer than the step; 0: none is captured.
+                        as far as launching a step without a graph takes longer than the step; below 64: none.
     dtype               of weights, activations and KV cache; None: float32 on CPU, bfloat16 on CUDA.
     device              "cpu", "cuda" or "cuda:1"; None: CUDA when there is one.
     attention           attention backend by name; None: the fastest one that runs there.

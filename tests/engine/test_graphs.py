@@ -1,4 +1,4 @@
-"""Which batch sizes are captured, and which of them a decode step is padded to."""
+"""Which shapes are captured, which of them a step is padded to, and how."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def test_mixed_shapes_hold_every_mix_of_short_chunks_up_to_the_largest(max_rows:
     table = GraphTable((), shapes)
     largest = max(shape.chunk_tokens for shape in shapes)
     assert largest <= max_tokens
+    assert max(shape.chunks for shape in shapes) <= max_rows
     for decodes in {0, max_rows // 2, max_rows - 1}:
         for count in {1, min(4, max_rows - decodes), min(largest // 16, max_rows - decodes)}:
             for tokens in {2, 16, largest // count}:
@@ -127,6 +128,14 @@ def test_padding_of_decodes_stands_between_them_and_the_chunks():
     assert inputs.sample_positions_S.tolist() == [1, 11, 3, 2, 0, 0, 0]
     assert [each.tolist() for each in inputs.block_updates()] == [[0], [1], [2]]
     assert packed[sent_size(plan, mixed_shape(4, 8, 3, 9, 5)) :].tolist() == [555] * 12  # of 5 updates, 4 are not sent
+
+
+def test_without_chunks_the_entries_after_the_decodes_have_no_token():
+    _, inputs = filled(mixed_plan(2, []), mixed_shape(4, 8, 3, 9, 5))
+    assert inputs.query_start_E1.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert inputs.kv_len_E.tolist() == [1, 11, 1, 1, 1, 1, 1]
+    assert inputs.token_rows_T.tolist() == [0, 1] + [9] * 10
+    assert inputs.sample_tokens_S.tolist() == [0, 1, 0, 0, 0, 0, 0]
 
 
 def test_decodes_that_go_on_send_two_numbers_and_their_new_blocks():

@@ -1,4 +1,4 @@
-"""Decode steps are replayed whenever a graph holds their rows, and in no larger one than they need."""
+"""Steps are replayed whenever a graph holds them, and in no larger one than they need."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ class HashModel:
     eos_token_ids: tuple[int, ...] = (EOS,)
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
     num_weights = 0
+    captures_chunks = True
     dtype = torch.float32
 
     def __init__(self, max_position: int = 128, device: torch.device | None = None) -> None:

@@ -112,9 +112,13 @@ def append_kv(k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) 
 
 
 class AttentionBackend(Protocol):
-    """Stateless but for tuning tables; every method may be captured in a graph when all entries are decodes."""
+    """Stateless but for tuning tables; every method may be captured in a graph when all entries are decodes.
+
+    captures_chunks  whether steps with chunks may be captured, too: nothing of their lengths is read on the host
+    """
 
     name: str
+    captures_chunks: bool
 
     def append(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: AttentionBatch) -> None:
         """Write each token's key and value to its place in the cache. Inputs may be strided views.

@@ -55,6 +55,7 @@ class TorchAttention:
     """Decodes run in batches; entries with more query tokens one by one. Softmax and sums are in float32."""
 
     name = "torch"
+    captures_chunks = False
 
     def __init__(self) -> None:
         self._step: _StepIndex | None = None
@@ -128,7 +129,7 @@ def _decode_group(
 
 
 def _chunks(kv: LayerKV, batch: AttentionBatch) -> list[_Chunk]:
-    """Entries with several queries. Reads their sizes: a synchronisation on an accelerator; graphs hold none."""
+    """Entries with several queries. Reads their sizes: a synchronisation on an accelerator."""
     num_entries, device = batch.rows_E.shape[0], batch.rows_E.device
     if batch.num_decodes == num_entries:
         return []

@@ -43,6 +43,7 @@ class TritonAttention:
     """
 
     name = "triton"
+    captures_chunks = True
 
     def __init__(self, multiprocessors: int) -> None:
         self._multiprocessors = multiprocessors

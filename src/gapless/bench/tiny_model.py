@@ -17,6 +17,7 @@ class TinyModel:
     eos_token_ids: tuple[int, ...] = ()
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1)
     num_weights = 0
+    captures_chunks = True
 
     def __init__(self, vocab_size: int = 32000) -> None:
         self.vocab_size = vocab_size

@@ -86,7 +86,7 @@ NumBlocks = Annotated[
     int | None, _size("--num-blocks", "KV blocks, as 500 or 16K, instead of --kv-cache-memory.", _ENGINE)
 ]
 BlockSize = Annotated[int, _option("--block-size", "Tokens in a KV block.", _ENGINE)]
-Graphs = Annotated[bool, _option("--graphs/--no-graphs", "Capture CUDA graphs of decode steps.", _ENGINE)]
+Graphs = Annotated[bool, _option("--graphs/--no-graphs", "Capture CUDA graphs of steps.", _ENGINE)]
 Dtype = Annotated[str | None, _option("--dtype", "float32, bfloat16 or float16.", _ENGINE)]
 Device = Annotated[str | None, _option("--device", "cpu, cuda or cuda:N.", _ENGINE)]
 Trace = Annotated[

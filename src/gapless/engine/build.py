@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -67,9 +67,9 @@ def build_loop(
     max_model_len = _context_limit(model, config)
     activation = _measure_activation(model, config, device, sampler, dtype, max_model_len)
     budget = config.token_budget(on_cpu=device.torch_device.type == "cpu")
-    graph_tokens = _graph_tokens(model, config, budget)
-    beside = activation + activation * graph_tokens // budget  # graphs keep what their steps need
-    num_blocks = _count_blocks(model.kv_spec, config, device, dtype, beside)
+    shapes = mixed_shapes(config.max_rows, _graph_tokens(model, config, budget), 0)
+    kept = graph_share(activation, shapes, budget)
+    num_blocks = _count_blocks(model.kv_spec, config, device, dtype, activation + kept)
     if config.max_model_len is None:
         max_model_len = min(max_model_len, (num_blocks - 1) * config.block_size)
     limits = SchedulerLimits(
@@ -122,10 +122,15 @@ def _graph_table(model: Model, config: EngineConfig, limits: SchedulerLimits) ->
 
 def _graph_tokens(model: Model, config: EngineConfig, budget: int) -> int:
     """Most tokens in chunks of a captured step, of at most `budget` tokens."""
-    if not config.graphs:
+    if not (config.graphs and model.captures_chunks):
         return 0
     by_size = GRAPH_WORK // max(model.num_weights, 1)
     return min(by_size if config.graph_tokens is None else config.graph_tokens, budget)
+
+
+def graph_share(activation: int, shapes: Sequence[StepShape], budget: int) -> int:
+    """Bytes that graphs of these shapes keep in their pool, where a step of `budget` tokens takes `activation`."""
+    return -(-activation * max((shape.tokens for shape in shapes), default=0) // budget)
 
 
 def slot_capacity(graphs: GraphTable, limits: SchedulerLimits) -> int:
@@ -220,7 +225,7 @@ def _measure_activation(
         return 0
     tokens, columns = config.token_budget(on_cpu=False), -(-max_model_len // config.block_size)
     entries = min(config.max_rows, tokens)
-    chunks = [min(max_model_len, len(part)) for part in np.array_split(np.arange(tokens), entries)]
+    chunks = sorted(min(max_model_len, len(part)) for part in np.array_split(np.arange(tokens), entries))
     plan = dataclasses.replace(
         empty_plan(),
         rows_E=np.zeros(len(chunks), dtype=np.int32),

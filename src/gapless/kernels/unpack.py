@@ -2,6 +2,8 @@
 """The two ends of a step in a kernel each: bring the device tables up to date and carry tokens over; keep what was
 sampled.
 
+Decode attention reads rows and lengths of decodes before it waits: at least one kernel must stand between it and this.
+
 T tokens, U block updates, A rows with new parameters, S samples, R rows, C block columns, E entries that all decode.
 """
 

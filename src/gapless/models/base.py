@@ -18,6 +18,7 @@ class Model(Protocol):
     eos_token_ids: tuple[int, ...]
     kv_spec: KVSpec
     num_weights: int  # that each token is multiplied with
+    captures_chunks: bool  # as its attention does
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         """Append the tokens (int32) to the cache and return the final hidden states [T, H] before the head's norm.

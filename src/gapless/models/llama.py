@@ -78,6 +78,7 @@ class LlamaModel:
         self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim)
         self.weights = weights
         self.num_weights = weights.count()
+        self.captures_chunks = attention.captures_chunks
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._rope_PD = rope_table(config.rope, config.head_dim, max_position, weights.embed_VH.device)
