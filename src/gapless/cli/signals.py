@@ -81,5 +81,6 @@ def leave_on_sigint() -> None:
 def leave_interrupted() -> NoReturn:
     """The end of a program that Ctrl-C interrupted."""
     leave_on_sigint()
-    sys.stderr.write("gapless: interrupted\n")
+    behind_echo = "\n" if sys.stderr.isatty() else ""  # of ^C, and maybe of half an answer
+    sys.stderr.write(f"{behind_echo}gapless: interrupted\n")
     sys.exit(INTERRUPTED)
