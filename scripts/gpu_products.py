@@ -25,10 +25,10 @@ from torch import Tensor
 
 from gapless.kernels.choice import Kind, Tiles, Use, multiply, multiply_and_add
 from gapless.kernels.dependent import dependent_launch, follow
-from gapless.kernels.linear import MOST_TILES, LinearTiles
+from gapless.kernels.linear import MOST_TILES, LinearTiles, candidates
 from gapless.kernels.normed import Normed
 from gapless.kernels.rms_norm import add_rms_norm
-from gapless.kernels.wide_tiles import WideTiles
+from gapless.kernels.wide_tiles import WideTiles, wide_candidates
 
 BEGIN, EPS, REPLAYS = time.perf_counter(), 1e-5, 9
 ARRIVED = torch.zeros(MOST_TILES, dtype=torch.int32, device="cuda")
@@ -96,10 +96,17 @@ def text(way: Tiles | None) -> str:
     return f"{way.token_tile}t x {way.out_tile}o k{way.in_tile} /{way.split} s{way.num_stages}" if way else "torch"
 
 
+def ways_of(kind: Kind, tokens: int) -> list[Tiles]:
+    """Of both families, though a start-up does not time linear.py's where inputs are few."""
+    gated = kind.use == Use.GATED
+    wide = wide_candidates(outputs=kind.outputs, inputs=kind.inputs, gated=gated, tokens=tokens)
+    return [*candidates(gated=gated, tokens=tokens), *wide]
+
+
 def each_way(tokens: int, kind: Kind, deadline: float) -> dict[Tiles | None, float]:
     weights = weights_of(kind, max(6, COLD_BYTES // (kind.outputs * kind.inputs * 2)))
     times: dict[Tiles | None, float] = {}
-    for way in [None, *kind.ways(tokens, wide=True)]:
+    for way in [None, *ways_of(kind, tokens)]:
         if time.perf_counter() - BEGIN > deadline and type(way) in map(type, times):
             continue
         try:
@@ -165,7 +172,7 @@ def warm(share: int, shares: int) -> None:
         (tokens, kind, way, triton.cdiv(kinds[0].inputs, out))
         for _, kinds, _, tokens in (RUNS[-1], RUNS[0])
         for kind in kinds
-        for way in kind.ways(tokens, wide=True)
+        for way in ways_of(kind, tokens)
         for out in ([64] if kind.use == Use.ADDED else [64, 32, 128])  # outputs of a tile before make so many parts
     ]
     for tokens, kind, way, parts in jobs[share::shares]:
