@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gapless.bench.ceilings import read_rate
 from gapless.bench.environment import environment
 from gapless.bench.floors import DecodeFloor, decode_floor
-from gapless.bench.random_engine import RandomEngine
+from gapless.bench.random_engine import Generated, RandomEngine
 from gapless.bench.trace import GpuBusy, KernelTrace, summarise
 from gapless.config import EngineConfig
 from gapless.device import open_device
@@ -92,10 +92,10 @@ class DecodeBench:
         prompts = self._prompts(self.workload)
         before = engine.stats()
         begin = time.perf_counter()
-        checksum = self._generate(prompts, self.workload)
+        generated = self._generate(prompts, self.workload)
         seconds = time.perf_counter() - begin
         busy = (engine.stats().busy_seconds - before.busy_seconds) / seconds
-        return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=checksum)
+        return DecodeRun(lookahead=lookahead, seconds=seconds, busy_share=busy, checksum=generated.checksum())
 
     def trace(self, lookahead: int) -> GpuBusy | None:
         """A kernel trace of some decode steps at the context that TRACE_AT of the whole run has."""
@@ -123,8 +123,7 @@ class DecodeBench:
     def _prompts(self, workload: Workload) -> list[NDArray[np.int32]]:
         return self.random.random_prompts([workload.prompt_len] * workload.requests)
 
-    def _generate(self, prompts: list[NDArray[np.int32]], workload: Workload) -> int:
-        """Run a workload to its end; returns a checksum of all its tokens."""
+    def _generate(self, prompts: list[NDArray[np.int32]], workload: Workload) -> Generated:
         return self.random.generate(self.random.requests(prompts, [workload.new_tokens] * workload.requests))
 
 

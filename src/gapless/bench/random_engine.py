@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,19 @@ from gapless.outcome import Committed
 from gapless.request import Request, SamplingParams
 from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Tokens as they came, and whose they are, an array for each step's."""
+
+    request_ids: list[NDArray[np.int64]]
+    tokens: list[NDArray[np.int32]]
+
+    def checksum(self) -> int:
+        """Of all tokens, request by request."""
+        by_request = np.argsort(np.concatenate(self.request_ids), kind="stable")
+        return zlib.crc32(np.concatenate(self.tokens)[by_request].tobytes())
 
 
 class RandomEngine:
@@ -70,8 +84,8 @@ class RandomEngine:
         rng = default_rng(seed)
         return [rng.integers(0, self.model.vocab_size, length, dtype=np.int32) for length in lengths]
 
-    def generate(self, requests: Sequence[Request]) -> int:
-        """Run requests that are all there at once to their ends. Returns a checksum of all tokens."""
+    def generate(self, requests: Sequence[Request]) -> Generated:
+        """Run requests that are all there at once to their ends."""
         self.engine.submit(requests)
         unfinished = len(requests)
         request_ids: list[NDArray[np.int64]] = []
@@ -81,8 +95,7 @@ class RandomEngine:
             request_ids.append(record.request_ids)
             tokens.append(record.tokens)
             unfinished -= len(record.finished)
-        by_request = np.argsort(np.concatenate(request_ids), kind="stable")
-        return zlib.crc32(np.concatenate(tokens)[by_request].tobytes())
+        return Generated(request_ids, tokens)
 
     def close(self) -> None:
         self.engine.close()

@@ -33,12 +33,11 @@ from gapless.kernels.dependent import dependent_launch
 from gapless.kernels.normed import Normed
 from gapless.kernels.wide_tiles import IN_TILE, ITEM, WideTiles
 
-# By their names in Triton 3.6, or in the versions behind it.
-_LOAD = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_STORE = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-load_tile = gl.constexpr(_LOAD)
-store_tile = gl.constexpr(_STORE)
-all_threads = gl.constexpr(gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier)
+# By their names in Triton 3.6, or in the versions behind it. Not as constexpr: its text would hold an address, and the
+# kernel would be compiled again in every process.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+all_threads = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit(do_not_specialize=["tokens", "parts"])
