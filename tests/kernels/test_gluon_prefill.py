@@ -25,7 +25,7 @@ from gapless.attention import make_attention  # noqa: E402
 from gapless.attention.base import LayerKV  # noqa: E402
 from gapless.attention.scenario import Scenario, make_scenario, pad_mixed  # noqa: E402
 from gapless.attention.torch_reference import TorchAttention  # noqa: E402
-from gapless.attention.triton_paged import choose_prefill, gluon_kernel  # noqa: E402
+from gapless.attention.triton_paged import choose_prefill, gluon_kernels  # noqa: E402
 from gapless.bench.prefill import ATTENTION_KERNELS  # noqa: E402
 from gapless.kernels.gluon_prefill import KEYS, SHORT, gluon_prefill, prefill_kernel, runs  # noqa: E402
 from gapless.kernels.paged_prefill import paged_prefill  # noqa: E402
@@ -123,12 +123,14 @@ def test_it_compiles_to_products_that_run_while_the_softmax_is_taken(
 
 
 def test_the_installed_triton_has_what_it_needs():
-    assert gluon_kernel() == (gluon_prefill, runs)
+    gluon = gluon_kernels()
+    assert gluon is not None
+    assert (gluon.prefill, gluon.prefills) == (gluon_prefill, runs)
 
 
 def test_a_triton_without_gluon_keeps_the_triton_kernel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gapless.kernels.gluon_prefill", None)
-    assert gluon_kernel.__wrapped__() is None
+    assert gluon_kernels.__wrapped__() is None
 
 
 def test_a_device_without_its_products_keeps_the_triton_kernel():

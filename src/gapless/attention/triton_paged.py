@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +19,37 @@ Prefill = Callable[[Tensor, Tensor, LayerKV, AttentionBatch, float], None]
 
 
 @functools.cache
-def gluon_kernel() -> tuple[Prefill, Callable[[Tensor, LayerKV], bool]] | None:
-    """The prefill kernel for Hopper, and what says where it runs. None: this Triton lacks what it is written in."""
+def gluon_kernels() -> GluonKernels | None:
+    """The kernels for Hopper, and what says where they run. None: this Triton lacks what they are written in."""
     try:  # Gluon is experimental: any version may move its names
-        from gapless.kernels.gluon_prefill import gluon_prefill, runs
+        from gapless.kernels import gluon_decode, gluon_prefill
     except (ImportError, AttributeError):
         return None
-    return gluon_prefill, runs
+    return GluonKernels(gluon_decode.gluon_decode, gluon_decode.runs, gluon_prefill.gluon_prefill, gluon_prefill.runs)
+
+
+class GluonKernels(NamedTuple):
+    """See gluon_decode.py and gluon_prefill.py."""
+
+    decode: Callable[..., None]
+    decodes: Callable[[Tensor, Tensor, LayerKV, AttentionBatch, int], bool]
+    prefill: Prefill
+    prefills: Callable[[Tensor, LayerKV], bool]
 
 
 def choose_prefill(q_TND: Tensor, kv: LayerKV) -> Prefill:
     """The fastest kernel for entries after the decodes."""
-    gluon = gluon_kernel()
-    return gluon[0] if gluon is not None and gluon[1](q_TND, kv) else paged_prefill
+    gluon = gluon_kernels()
+    return gluon.prefill if gluon is not None and gluon.prefills(q_TND, kv) else paged_prefill
+
+
+def choose_decode(
+    q_END: Tensor, out_END: Tensor, kv: LayerKV, batch: AttentionBatch, multiprocessors: int
+) -> Callable[..., None]:
+    """The fastest kernel for decodes; its arguments are paged_decode's."""
+    gluon = gluon_kernels()
+    fits = gluon is not None and gluon.decodes(q_END, out_END, kv, batch, multiprocessors)
+    return gluon.decode if gluon is not None and fits else paged_decode
 
 
 class TritonAttention:
@@ -56,15 +75,9 @@ class TritonAttention:
         out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
         num_decodes = batch.num_decodes
         if num_decodes:
-            paged_decode(
-                q_TND[:num_decodes],
-                out_TND[:num_decodes],
-                kv,
-                batch,
-                scale,
-                self._multiprocessors,
-                arrived_P=self._arrived(num_decodes * kv.k_BKSD.shape[1], q_TND.device),
-            )
+            q_END, out_END = q_TND[:num_decodes], out_TND[:num_decodes]
+            arrived_P = self._arrived(num_decodes * kv.k_BKSD.shape[1], q_TND.device)
+            self._decode(q_END, out_END, kv, batch, scale, arrived_P)
         if num_decodes < batch.rows_E.shape[0]:
             choose_prefill(q_TND, kv)(q_TND, out_TND, kv, batch, scale)
         return out_TND
@@ -80,8 +93,21 @@ class TritonAttention:
         shape = (entries, qkv_TXD.shape[1] - 2 * num_kv_heads, head_dim)
         out_TND = torch.empty(shape, dtype=qkv_TM.dtype, device=qkv_TM.device)
         arrived_P = self._arrived(entries * num_kv_heads, qkv_TM.device)
-        paged_decode(qkv_TXD, out_TND, kv, batch, scale, self._multiprocessors, arrived_P=arrived_P, rotation=rotation)
+        self._decode(qkv_TXD, out_TND, kv, batch, scale, arrived_P, rotation)
         return out_TND
+
+    def _decode(
+        self,
+        q_END: Tensor,
+        out_END: Tensor,
+        kv: LayerKV,
+        batch: AttentionBatch,
+        scale: float,
+        arrived_P: Tensor | None,
+        rotation: HeadRotation | None = None,
+    ) -> None:
+        decode = choose_decode(q_END, out_END, kv, batch, self._multiprocessors)
+        decode(q_END, out_END, kv, batch, scale, self._multiprocessors, arrived_P=arrived_P, rotation=rotation)
 
     def _arrived(self, pairs: int, device: torch.device) -> Tensor | None:
         """int32 zeros, one at least per pair of entry and key/value head; kernels leave zeros. None: too many pairs."""
