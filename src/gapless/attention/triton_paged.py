@@ -22,10 +22,13 @@ Prefill = Callable[[Tensor, Tensor, LayerKV, AttentionBatch, float], None]
 def gluon_kernels() -> GluonKernels | None:
     """The kernels for Hopper, and what says where they run. None: this Triton lacks what they are written in."""
     try:  # Gluon is experimental: any version may move its names
-        from gapless.kernels import gluon_decode, gluon_prefill
+        from gapless.kernels.gluon_decode import gluon_decode
+        from gapless.kernels.gluon_decode import runs as decodes
+        from gapless.kernels.gluon_prefill import gluon_prefill
+        from gapless.kernels.gluon_prefill import runs as prefills
     except (ImportError, AttributeError):
         return None
-    return GluonKernels(gluon_decode.gluon_decode, gluon_decode.runs, gluon_prefill.gluon_prefill, gluon_prefill.runs)
+    return GluonKernels(gluon_decode, decodes, gluon_prefill, prefills)
 
 
 class GluonKernels(NamedTuple):
