@@ -46,16 +46,8 @@ class ByteLevelDetokenizer:
         return self._decoder.decode(b"", final=True)
 
     def _bytes_of(self, token_id: int) -> bytes:
-        """A token with a character outside of the byte alphabet stands for itself; an unknown id for nothing."""
         token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-        alphabet = byte_alphabet()
-        if token is None:
-            found = b""
-        elif all(character in alphabet for character in token):
-            found = bytes(alphabet[character] for character in token)
-        else:
-            found = token.encode()
-        self._token_bytes[token_id] = found
+        found = self._token_bytes[token_id] = bytes_of_token(token)
         return found
 
 
@@ -87,7 +79,7 @@ class WindowDetokenizer:
         if token is None or token_id in self._skipped_ids:
             return ""
         self._held.append(token_id)
-        if _BYTE_TOKEN.fullmatch(token):
+        if BYTE_TOKEN.fullmatch(token):
             return ""
         return self._give(final=False)
 
@@ -103,7 +95,21 @@ class WindowDetokenizer:
         return new
 
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def bytes_of_token(token: str | None) -> bytes:
+    """The bytes of a token of byte-level BPE.
+
+    One with a character outside of the byte alphabet stands for itself; None, an unknown id, for nothing.
+    """
+    if token is None:
+        return b""
+    alphabet = byte_alphabet()
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 @functools.cache

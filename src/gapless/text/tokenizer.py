@@ -12,6 +12,7 @@ import tokenizers
 
 from gapless.errors import CorruptModelError, InvalidRequestError
 from gapless.text.detokenize import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from gapless.text.stops import StopCache, StopStrings
 
 _NOT_TEXT = "the text has half of a surrogate pair and is not valid Unicode"
 _ROLES = ("bos", "eos", "unk", "pad")
@@ -44,6 +45,7 @@ class Tokenizer:
         special_texts = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
         self.special_pattern = re.compile("|".join(re.escape(text) for text in special_texts) or r"(?!)")
         self.vocab_size: int = max(inner.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self._stops = StopCache(inner, self._special_ids, self.vocab_size)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -104,6 +106,17 @@ class Tokenizer:
         if isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
             return ByteLevelDetokenizer(self._inner, skipped, self._token_bytes)
         return WindowDetokenizer(self._inner, skipped)
+
+    def stop_strings(self, strings: Sequence[str]) -> StopStrings:
+        """These stop strings, 1 or more that are not empty, as the engine and stream() need them.
+
+        Made on the caller's thread and kept for the next request that has the same; the first call of all reads the
+        vocabulary. Raises InvalidRequestError for half of a surrogate pair.
+        """
+        try:
+            return self._stops.get(tuple(strings))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(_NOT_TEXT) from error
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
