@@ -72,6 +72,7 @@ class EngineConfig:
     num_blocks          KV blocks, overriding kv_cache_bytes.
     memory_fraction     share of the memory that is free after the weights for KV cache, activations and graphs; the
                         rest is for libraries.
+    prefix_cache        share the KV blocks of equal beginnings, and keep those of ended requests while there is room.
     graphs              capture CUDA graphs of steps (no effect on the CPU device).
     graph_buckets       padded batch sizes to capture of steps that only decode; None: chosen from max_rows.
     graph_tokens        most prompt tokens of a captured step that reads prompts and decodes; None: by the model's size,
@@ -92,6 +93,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None
     memory_fraction: float = 0.95
+    prefix_cache: bool = True
     graphs: bool = True
     graph_buckets: tuple[int, ...] | None = None
     graph_tokens: int | None = None
@@ -144,6 +146,7 @@ class SchedulerLimits:
     max_model_len: int
     block_size: int
     num_blocks: int
+    prefix_cache: bool = True
 
     @property
     def block_columns(self) -> int:

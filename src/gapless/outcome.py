@@ -13,11 +13,13 @@ from gapless.request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a request. `generated` counts the tokens that were emitted for it."""
+    """The end of a request. `generated` counts the tokens that were emitted for it, `cached` those of its prompt whose
+    KV was found in the prefix cache."""
 
     request_id: int
     reason: FinishReason
     generated: int
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,6 +16,9 @@ from gapless.errors import EmptyPromptError, InvalidRequestError
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_SEED = 2**64
+MAX_PRIORITY = 1000
+PRIORITY_ARRIVALS = 1000
+"""A request may overtake so many earlier ones for each step of priority; so no later one overtakes for ever."""
 
 
 class FinishReason(Enum):
@@ -92,6 +95,9 @@ class Request:
     max_length  the most tokens, prompt included, that this request may reach; P < max_length.
     stop_ids    int32[S], all token ids that end it.
     seed        the resolved 64-bit seed.
+    priority    the lower, the earlier it is served.
+    salt        only requests with the same one share KV blocks.
+    digests     of the prompt's full KV blocks, see prefix.py; none without a prefix cache.
     """
 
     request_id: int
@@ -100,6 +106,18 @@ class Request:
     max_length: int
     stop_ids: NDArray[np.int32]
     seed: int
+    priority: int = 0
+    salt: bytes = b""
+    digests: tuple[bytes, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The order of service: no two requests have the same, the lowest comes first.
+
+        A step of priority counts as PRIORITY_ARRIVALS arrivals, so whoever waits gains on all that come later.
+        """
+        arrival = self.request_id + self.priority * PRIORITY_ARRIVALS
+        return arrival * (2 * MAX_PRIORITY + 1) + self.priority + MAX_PRIORITY
 
 
 def prompt_array(token_ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[np.int32]:

@@ -33,16 +33,20 @@ class RowTable:
     length     tokens scheduled: known ones and placeholders in flight
     known      tokens known to the host; length - known is what is in flight
     computed   tokens whose KV has been launched
+    taken      tokens that were known when the row was taken
     limit      length at which the request ends
     last_step  newest step that has this row, -1 for none
+    rank       of its request: the lower, the earlier it is served
     """
 
     def __init__(self, rows: int, max_length: int, columns: int) -> None:
         self.state = np.zeros(rows, dtype=np.int8)
         self.request_id = np.full(rows, -1, dtype=np.int64)
+        self.rank = np.zeros(rows, dtype=np.int64)
         self.length = np.zeros(rows, dtype=np.int32)
         self.known = np.zeros(rows, dtype=np.int32)
         self.computed = np.zeros(rows, dtype=np.int32)
+        self.taken = np.zeros(rows, dtype=np.int32)
         self.limit = np.zeros(rows, dtype=np.int32)
         self.num_blocks = np.zeros(rows, dtype=np.int32)
         self.last_step = np.full(rows, -1, dtype=np.int64)
@@ -52,19 +56,32 @@ class RowTable:
         self.tokens = np.zeros((rows, max_length), dtype=np.int32)
         self.block_table = np.zeros((rows, columns), dtype=np.int32)
 
-    def take(self, row: int, request: Request, tokens: Ints) -> None:
-        """Give a free row to a request whose known tokens are `tokens`."""
+    def take(self, row: int, request: Request, tokens: Ints, computed: int) -> None:
+        """Give a free row to a request whose known tokens are `tokens`, the first of them computed already."""
         size = tokens.size
         self.state[row] = RowState.RUNNING
         self.request_id[row] = request.request_id
-        self.length[row] = self.known[row] = size
-        self.computed[row] = 0
+        self.rank[row] = request.rank
+        self.length[row] = self.known[row] = self.taken[row] = size
+        self.computed[row] = computed
         self.limit[row] = request.max_length
         self.num_blocks[row] = 0
         self.last_step[row] = -1
         self.greedy[row] = request.params.greedy
         self.tokens[row, :size] = tokens
         self._set_stop_ids(row, request)
+
+    def add_blocks(self, row: int, ids: Ints) -> None:
+        """Blocks behind those that the row has."""
+        have = int(self.num_blocks[row])
+        self.block_table[row, have : have + ids.size] = ids
+        self.num_blocks[row] = have + ids.size
+
+    def updates(self, row: int) -> Ints:
+        """[3, U]: row, column and block of all its blocks."""
+        count = int(self.num_blocks[row])
+        columns = np.arange(count, dtype=np.int32)
+        return np.stack((np.full_like(columns, row), columns, self.block_table[row, :count]))
 
     def clear(self, row: int) -> None:
         self.state[row] = RowState.FREE

@@ -1,16 +1,16 @@
 """Which rows run in the next step, and what became of the last one. Knows lengths and blocks, no tensors.
 
-Policy: first come, first served. Running rows decode first, oldest first; then prompts go on in chunks within the
-token budget; then waiting requests are admitted. When KV blocks run out, the youngest running sequence is preempted:
-its blocks come back once its steps in flight have retired, and it is recomputed from its known tokens later, before
-any request that arrived after it. When a step runs out of memory, that happens to all, and the budget shrinks if it is
-not the first of late.
+Policy: first come, first served, but for priorities, which count as so many arrivals (request.py `Request.rank`).
+Running rows decode first, oldest first; then prompts go on in chunks within the token budget; then waiting requests are
+admitted. When KV blocks run out, the youngest running sequence is preempted: its blocks come back once its steps in
+flight have retired, and it is recomputed from its known tokens later, before any request that ranks behind it. When a
+step runs out of memory, that happens to all, and the budget shrinks if it is not the first of late.
+
+Full blocks are registered when their step retires; whoever is admitted with the same beginning shares them.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,33 +22,27 @@ from gapless.config import SchedulerLimits
 from gapless.errors import InternalError
 from gapless.outcome import Committed, Finished
 from gapless.plan import NO_PARAMS, PLACEHOLDER, Ints, Plan, RowParams
+from gapless.prefix import extend_chain
 from gapless.request import FinishReason, Request
 from gapless.rows import RowSet, RowState, RowTable
+from gapless.waiting import SequenceState, WaitingQueue
 
+DIGESTS_PER_STEP = 2048  # of answers that have ended: about 2 ms
 _EMPTY = np.zeros(0, dtype=np.int32)
-
-MANY_CANCELLED = 64  # fewer cancelled requests in the queue are not worth rebuilding it
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A request between arrival and its end. `tokens` holds the known ones while it has no row."""
-
-    request: Request
-    tokens: Ints
-    row: int = -1
 
 
 @dataclass(slots=True)
 class SchedulerStats:
     """Counts since the start.
 
-    recomputed_tokens  tokens whose KV was computed and thrown away, by preemption or with a failed step
+    cached_tokens      prompt tokens whose KV was found in the prefix cache
+    recomputed_tokens  tokens whose KV is computed once more, after a preemption or a failed step
     failed_steps       steps that ran out of memory
     """
 
     steps: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     recomputed_tokens: int = 0
     overshoot_rows: int = 0
@@ -65,11 +59,9 @@ class Scheduler:
         self.rows = RowTable(limits.max_rows, limits.max_model_len, limits.block_columns)
         self.stats = SchedulerStats()
         self.budget = TokenBudget(limits.max_batch_tokens, limits.max_model_len)
-        self._sequences: dict[int, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._cancelled_waiting = 0
-        self._preempted: list[tuple[int, _Sequence]] = []  # heap, oldest first
-        self._row_owner: list[_Sequence | None] = [None] * limits.max_rows
+        self._sequences: dict[int, SequenceState] = {}
+        self._waiting = WaitingQueue()
+        self._row_owner: list[SequenceState | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._draining: dict[int, None] = {}  # rows, as an ordered set
         self._finished: list[Finished] = []
@@ -79,6 +71,7 @@ class Scheduler:
         self._steady = RowSet.of(self.rows, _EMPTY)  # the same rows as _decoding
         self._continued: RowSet | None = None  # what the newest step ran, if that was all
         self._rows_changed = False
+        self._digests_left = DIGESTS_PER_STEP
 
     # ---------------------------------------------------------------- intake
 
@@ -86,9 +79,9 @@ class Scheduler:
         """Queue a request that was validated before."""
         if request.request_id in self._sequences:
             raise InternalError(f"request {request.request_id} was added twice")
-        sequence = _Sequence(request, request.prompt)
+        sequence = SequenceState(request, request.prompt, digests=[*request.digests])
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.push(sequence)
 
     def cancel(self, request_id: int) -> bool:
         """End a request now, wherever it is. False if it has ended already."""
@@ -98,15 +91,8 @@ class Scheduler:
         waits = sequence.row < 0
         self._finish(sequence, FinishReason.CANCELLED)
         if waits:
-            self._forget_cancelled()
+            self._waiting.one_ended(self._sequences)
         return True
-
-    def _forget_cancelled(self) -> None:
-        """Drop cancelled requests from the queue once they are the larger part of it; until then they are skipped."""
-        self._cancelled_waiting += 1
-        if self._cancelled_waiting > MANY_CANCELLED and 2 * self._cancelled_waiting > len(self._waiting):
-            self._waiting = deque(each for each in self._waiting if each.request.request_id in self._sequences)
-            self._cancelled_waiting = 0
 
     def preempt(self, request_id: int) -> bool:
         """Take the row and blocks of a running request; it goes on later, recomputed. False if it is not running."""
@@ -157,6 +143,7 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """Decide the next step and count it as scheduled. None if no row can run before another step retires."""
         self._refresh_rows()
+        self._digests_left = DIGESTS_PER_STEP
         decode_rows, blocks = self._plan_decodes()
         budget = self.budget.tokens - self._decoding.size  # with those that sit out, so that all can decode at once
         chunk_rows, chunk_counts = self._plan_chunks(budget)
@@ -185,19 +172,21 @@ class Scheduler:
     def _preempt_for(self, needed: int) -> None:
         """Preempt youngest first until the blocks that are free, or come back by retirement, cover the need."""
         table = self.rows
-        coming = int(table.num_blocks[list(self._draining)].sum()) if self._draining else 0
-        while needed > self.pool.num_free + coming:
+        while needed > self.pool.num_free + self._blocks_coming():
             running = np.concatenate((self._decoding, self._prefilling))
             if running.size <= 1:
                 raise InternalError("the oldest sequence does not fit in the KV cache on its own")
-            victim = int(running[np.argmax(table.request_id[running])])
-            had_free = self.pool.num_free
+            victim = int(running[np.argmax(table.rank[running])])
             if table.length[victim] - table.computed[victim] == 1:
                 needed -= int(table.computed[victim] == table.num_blocks[victim] * self.limits.block_size)
-            held = int(table.num_blocks[victim])
             self._preempt(victim)
-            coming += held if self.pool.num_free == had_free else 0
             self._refresh_rows()
+
+    def _blocks_coming(self) -> int:
+        """Blocks that are free once the rows that drain have retired: those that no other row has."""
+        table = self.rows
+        held = [table.block_table[row, : table.num_blocks[row]] for row in self._draining]
+        return self.pool.count_freed(np.concatenate(held)) if held else 0
 
     def _plan_chunks(self, budget: int) -> tuple[list[int], list[int]]:
         """The next chunk of each prompt that has been admitted earlier."""
@@ -216,26 +205,55 @@ class Scheduler:
         """Take waiting requests while budget, rows and blocks last: (row, tokens) of each, and blocks gained."""
         admitted: list[tuple[int, int]] = []
         gained: list[Ints] = []
-        reserve = -1
+        reserve, updates = -1, self.limits.max_block_updates - self.limits.max_rows
         while budget > 0 and self._free_rows and (sequence := self._next_candidate()) is not None:
             # Every running row can still get its next block, or the newcomer would only be preempted again.
             reserve = self._count_growing() if reserve < 0 else reserve
             needed = self._blocks_for(sequence.tokens.size)
-            if needed + reserve > self.pool.num_free:
+            found = self._find_shared(sequence, needed, self.pool.num_free - reserve)
+            if found is None or needed > updates:
                 break
             reserve += self._blocks_for(sequence.request.max_length - 1) > needed
-            self._pop_candidate(sequence)
-            self.stats.prompt_tokens += sequence.tokens.size if sequence.tokens is sequence.request.prompt else 0
-            row = sequence.row = self._free_rows.pop()
-            self._row_owner[row] = sequence
-            self.rows.take(row, sequence.request, sequence.tokens)
-            gained.append(self._grow_to(row, sequence.tokens.size))
-            sequence.tokens = _EMPTY
-            self._rows_changed = True
-            count = min(budget, int(self.rows.length[row]))
+            updates -= needed
+            self._waiting.pop()
+            row = self._take_row(sequence, found)
+            gained.append(self.rows.updates(row))
+            count = min(budget, int(self.rows.length[row] - self.rows.computed[row]))
             admitted.append((row, count))
             budget -= count
         return admitted, gained
+
+    def _find_shared(self, sequence: SequenceState, needed: int, room: int) -> list[int] | None:
+        """Blocks that hold the sequence's beginning, or None if `room` blocks are too few for the rest of `needed`.
+
+        A last token at least is left to compute. Those that wait for room are looked at in every step, so this looks
+        first, in a few look-ups, whether it can fit: shared blocks without an owner take room, too.
+        """
+        digests = sequence.digests[: (sequence.tokens.size - 1) // self.limits.block_size]
+        if needed - self.pool.estimate_owned(digests) > room:
+            return None
+        found = self.pool.find(digests)
+        taken = needed - len(found) + self.pool.count_idle(found)
+        return found if taken <= room else None
+
+    def _take_row(self, sequence: SequenceState, shared: list[int]) -> int:
+        """Give a sequence a row, with these blocks and new ones for the rest of its tokens."""
+        row = sequence.row = self._free_rows.pop()
+        self._row_owner[row] = sequence
+        cached = len(shared) * self.limits.block_size
+        if sequence.cached < 0:
+            sequence.cached = cached
+            self.stats.prompt_tokens += sequence.tokens.size
+            self.stats.cached_tokens += cached
+        self.stats.recomputed_tokens += max(0, sequence.computed - cached)
+        sequence.registered = len(shared)
+        ids = self.pool.share(shared)
+        self.rows.take(row, sequence.request, sequence.tokens, cached)
+        new = self.pool.allocate(self._blocks_for(sequence.tokens.size) - ids.size)
+        self.rows.add_blocks(row, np.concatenate((ids, new)))
+        sequence.tokens = _EMPTY
+        self._rows_changed = True
+        return row
 
     def _blocks_for(self, length: int) -> int:
         return -(-length // self.limits.block_size)
@@ -246,23 +264,11 @@ class Scheduler:
         has_room_for = table.num_blocks * self.limits.block_size
         return int(np.count_nonzero((table.state == RowState.RUNNING) & (table.limit - 1 > has_room_for)))
 
-    def _next_candidate(self) -> _Sequence | None:
-        """The oldest sequence without a row. None while one that will go back to the queue, and is older, drains."""
+    def _next_candidate(self) -> SequenceState | None:
+        """The first in rank without a row. None while one that will go back to the queue drains."""
         if any(self.rows.state[row] == RowState.PREEMPTED for row in self._draining):
             return None
-        while self._preempted and self._preempted[0][0] not in self._sequences:
-            heapq.heappop(self._preempted)
-        if self._preempted:
-            return self._preempted[0][1]
-        while self._waiting and self._waiting[0].request.request_id not in self._sequences:
-            self._waiting.popleft()
-        return self._waiting[0] if self._waiting else None
-
-    def _pop_candidate(self, sequence: _Sequence) -> None:
-        if self._preempted and self._preempted[0][1] is sequence:
-            heapq.heappop(self._preempted)
-        else:
-            self._waiting.popleft()
+        return self._waiting.first(self._sequences)
 
     def _grow(self, rows: Ints) -> Ints:
         """One more block for each of these rows."""
@@ -271,15 +277,6 @@ class Scheduler:
         self.rows.block_table[rows, columns] = ids
         self.rows.num_blocks[rows] = columns + 1
         return np.stack((rows, columns, ids))
-
-    def _grow_to(self, row: int, length: int) -> Ints:
-        """Blocks of one row for its first `length` positions."""
-        have = int(self.rows.num_blocks[row])
-        ids = self.pool.allocate(self._blocks_for(length) - have)
-        columns = np.arange(have, have + ids.size, dtype=np.int32)
-        self.rows.block_table[row, columns] = ids
-        self.rows.num_blocks[row] = have + ids.size
-        return np.stack((np.full_like(ids, row), columns, ids))
 
     def _schedule(
         self, decode_rows: Ints, chunk_rows: list[int], chunk_counts: list[int], new_rows: list[int], grown: list[Ints]
@@ -371,7 +368,7 @@ class Scheduler:
         if self._rows_changed:
             table = self.rows
             running = np.flatnonzero(table.state == RowState.RUNNING).astype(np.int32)
-            running = running[np.argsort(table.request_id[running])]
+            running = running[np.argsort(table.rank[running])]
             pending = table.length[running] - table.computed[running]
             self._decoding, self._prefilling = running[pending == 1], running[pending > 1]
             self._steady = RowSet.of(table, self._decoding)
@@ -382,6 +379,8 @@ class Scheduler:
     def commit(self, plan: Plan, sampled: Ints) -> Committed:
         """Book the tokens of the oldest step in flight and retire it. `sampled` int32[num_samples], entry order."""
         table = self.rows
+        if self.limits.prefix_cache and plan.num_decodes < plan.rows_E.size:
+            self._register_chunks(plan)
         rows = plan.rows_E if plan.num_samples == plan.rows_E.size else plan.rows_E[plan.samples_E > 0]
         if self._draining and not (live := table.state[rows] != RowState.DEAD).all():
             self.stats.overshoot_rows += int(live.size - live.sum())
@@ -404,6 +403,35 @@ class Scheduler:
         self._retire(plan.step)
         return Committed(these.request_ids, sampled, self.take_finished())
 
+    def _register_chunks(self, plan: Plan) -> None:
+        chunks = slice(plan.num_decodes, None)
+        rows, ends = plan.rows_E[chunks], plan.starts_E[chunks] + plan.counts_E[chunks]
+        for row, blocks in zip(rows.tolist(), (ends // self.limits.block_size).tolist(), strict=True):
+            if self.rows.state[row] != RowState.DEAD:
+                self._register(row, blocks)
+
+    def _register(self, row: int, blocks: int) -> None:
+        """Let the row's first `blocks` blocks be found. They are full, and the steps that filled them have retired."""
+        sequence = self._row_owner[row]
+        assert sequence is not None
+        begin = sequence.registered
+        if blocks > begin:
+            salt = sequence.request.salt
+            extend_chain(sequence.digests, self.rows.tokens[row], blocks, self.limits.block_size, salt)
+            self.pool.register(self.rows.block_table[row, begin:blocks], sequence.digests[begin:blocks])
+            sequence.registered = blocks
+
+    def _register_answer(self, row: int) -> None:
+        """Of a row that is freed: what it has sampled, and so has read, may be another's prompt.
+
+        Not block by block along the way, which would cost every step. Where very many rows end at once, some are not
+        registered: nobody is kept waiting for a cache.
+        """
+        known, size = int(self.rows.known[row]), self.limits.block_size
+        if known > self.rows.taken[row] and self._digests_left > 0:
+            self._digests_left -= known // size
+            self._register(row, (known - 1) // size)
+
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
         """Retire all steps in flight without tokens: the oldest ran out of memory, and the others were skipped.
 
@@ -414,7 +442,6 @@ class Scheduler:
         for row in np.flatnonzero(
             (self.rows.state == RowState.RUNNING) | (self.rows.state == RowState.ENDING)
         ).tolist():
-            self.stats.recomputed_tokens += int(self.rows.computed[row])
             self._drain(row, RowState.PREEMPTED)
         self._continued = None  # the device has not seen the skipped ones
         for plan in (failed, *skipped):
@@ -423,18 +450,18 @@ class Scheduler:
         self.budget.step_failed(failed.num_tokens)
         return Committed.without_tokens(self.take_finished())
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         """Report the end. The row, if there is one, is freed by retirement."""
         request, row = sequence.request, sequence.row
         del self._sequences[request.request_id]
         known = int(self.rows.known[row]) if row >= 0 else sequence.tokens.size
-        self._finished.append(Finished(request.request_id, reason, known - request.prompt.size))
+        generated, cached = known - request.prompt.size, max(0, sequence.cached)
+        self._finished.append(Finished(request.request_id, reason, generated, cached))
         if row >= 0:
             self._drain(row, RowState.DEAD)
 
     def _preempt(self, row: int) -> None:
         self.stats.preemptions += 1
-        self.stats.recomputed_tokens += int(self.rows.computed[row])
         self._drain(row, RowState.PREEMPTED)
 
     def _drain(self, row: int, state: int) -> None:
@@ -456,9 +483,12 @@ class Scheduler:
         """Free a row and its blocks; a preempted sequence goes back to the queue with what is known."""
         table, sequence = self.rows, self._row_owner[row]
         assert sequence is not None
+        if self.limits.prefix_cache:
+            self._register_answer(row)
         if table.state[row] == RowState.PREEMPTED:
             sequence.tokens = table.tokens[row, : table.known[row]].copy()
-            heapq.heappush(self._preempted, (sequence.request.request_id, sequence))
+            sequence.computed = int(min(table.computed[row], table.known[row]))
+            self._waiting.push(sequence)
         elif table.state[row] != RowState.DEAD:
             raise InternalError(f"row {row} was freed before its sequence ended")
         sequence.row = -1

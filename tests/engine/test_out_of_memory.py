@@ -339,7 +339,7 @@ def test_the_engine_runs_large_steps_again_once_there_is_memory(lookahead: int):
             engine.run()
         assert engine.scheduler.budget.tokens == 32
         engine.watched.sizes.clear()
-        last = engine.add([4] * 32, greedy(2))
+        last = engine.add([50] * 32, greedy(2))
         engine.run()
         assert engine.watched.sizes[0] == 32
         assert_undisturbed(engine, [*first, last])

@@ -112,8 +112,8 @@ def busy_loop(queue: int, *, rows: int, blocks: int, prompt: int, max_tokens: in
     loop, limits = build_loop(model, config, NullDevice(), sampler, torch.float32)
     admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 0)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    for _ in range(queue):
-        loop.scheduler.add(admission.make_request([0] * prompt, params))
+    for number in range(queue):
+        loop.scheduler.add(admission.make_request([number % model.vocab_size] * prompt, params))
     return loop
 
 

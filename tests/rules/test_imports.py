@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each room may import of this package, and whether it may import torch. Longest prefix wins.
 BASICS = {"errors", "config", "request", "plan", "outcome"}
-POLICY = BASICS | {"blocks", "budget", "rows", "scheduler"}
+POLICY = BASICS | {"blocks", "budget", "prefix", "rows", "scheduler", "waiting"}
 ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "outcome": {"request", "plan"},
     "blocks": BASICS,
     "budget": set(),
+    "prefix": BASICS,
+    "waiting": BASICS,
     "rows": BASICS,
     "scheduler": POLICY,
     "spans": set(),

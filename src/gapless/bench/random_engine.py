@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,11 +36,15 @@ class Generated:
 
 
 class RandomEngine:
-    """Built once, run at any lookahead up to that of `config`; None in `config` is filled in."""
+    """Built once, run at any lookahead up to that of `config`; None in `config` is filled in.
+
+    Without a prefix cache: the same prompts come again in every run.
+    """
 
     def __init__(self, shape: str, config: EngineConfig, trace: Trace | None = None) -> None:
         """Raises ConfigError, OutOfMemoryError."""
         begin = time.perf_counter()
+        config = replace(config, prefix_cache=False)
         loaded = load_engine(config=config, load="random", shape=shape, trace=trace)
         self.startup_seconds = time.perf_counter() - begin
         self.model = load_shape(shape)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gapless.config import SchedulerLimits
 from gapless.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from gapless.prefix import chain_of
 from gapless.request import Request, SamplingParams, prompt_array
 
 _MASK_64 = 2**64 - 1
@@ -36,8 +37,15 @@ class Admission:
         self._ids = count()
         self._lock = threading.Lock()
 
-    def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
-        """Check a request and give it an id. Nothing is queued.
+    def make_request(
+        self,
+        prompt_token_ids: Sequence[int] | NDArray[Any],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Check a request and give it an id. Nothing is queued. priority and cache_salt: see prompts.py.
 
         Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
         """
@@ -52,7 +60,18 @@ class Admission:
         with self._lock:
             request_id = next(self._ids)
         seed = params.seed if params.seed is not None else _mix(self._seed, request_id)
-        return Request(request_id, prompt, params, max_length, np.asarray(sorted(stop), dtype=np.int32), seed)
+        salt = cache_salt.encode()
+        return Request(
+            request_id=request_id,
+            prompt=prompt,
+            params=params,
+            max_length=max_length,
+            stop_ids=np.asarray(sorted(stop), dtype=np.int32),
+            seed=seed,
+            priority=priority,
+            salt=salt,
+            digests=chain_of(prompt, self.limits.block_size, salt) if self.limits.prefix_cache else (),
+        )
 
     def _max_length(self, prompt_size: int, max_tokens: int | None) -> int:
         limit = self.limits.max_model_len

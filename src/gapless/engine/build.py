@@ -78,6 +78,7 @@ def build_loop(
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
+        prefix_cache=config.prefix_cache,
     )
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
     runner, slots = _build_runner(model, config, device, sampler, kv, limits, parts)

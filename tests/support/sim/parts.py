@@ -164,13 +164,18 @@ class RigSampler:
 
 
 class RigPool(BlockPool):
-    """Fills released KV blocks with rubbish."""
+    """Fills KV blocks that hold nothing any more with rubbish."""
 
     rig: Rig
 
     def release(self, ids: NDArray[np.int32]) -> None:
         super().release(ids)
-        self.rig.poison_blocks(ids[self._references[ids] == 0])
+        self.rig.poison_blocks(ids[(self._references[ids] == 0) & ~self._kept[ids]])
+
+    def _evict(self, count: int) -> None:
+        begin = self._empty
+        super()._evict(count)
+        self.rig.poison_blocks(self._stack[begin : self._empty])
 
 
 class RigRows(RowTable):
@@ -196,8 +201,8 @@ class RigScheduler(Scheduler):
         self._planning = False
         self._good_steps = FIRST_PATIENCE  # since a step ran out of memory
         self._sitting_out = 0  # rows that decode, but not in the step in hand
-        self._fed: dict[int, int] = {}  # tokens of each request that were launched since it has its row
-        self.thrown_away = 0  # of these, in all
+        self._fed: dict[int, int] = {}  # tokens of each request that were launched since it got its newest row
+        self.fed_again = 0  # known tokens that were launched in an earlier row, too
 
     def plan(self) -> Plan | None:
         table, rowless = self.rows, self.requests_without_row()
@@ -214,10 +219,19 @@ class RigScheduler(Scheduler):
             self._check_chunks(computed, pending)
         if plan is not None:
             self._check_plan(plan)
-            ids = self.rows.request_id[plan.rows_E]
-            self._fed.update(zip(ids.tolist(), (plan.starts_E + plan.counts_E).tolist(), strict=True))
+            self._count_fed(plan)
             self.rig.boundary("planned", plan.step)
         return plan
+
+    def _count_fed(self, plan: Plan) -> None:
+        new = set(plan.params.rows_A.tolist())
+        for row, start, count in zip(plan.rows_E.tolist(), plan.starts_E.tolist(), plan.counts_E.tolist(), strict=True):
+            request_id = int(self.rows.request_id[row])
+            if row in new:
+                self.fed_again += max(0, min(self._fed.get(request_id, 0), int(self.rows.known[row])) - start)
+                if start % self.limits.block_size or start >= self.rows.known[row]:
+                    raise Broken("books", f"request {request_id} begins at token {start}")
+            self._fed[request_id] = start + count
 
     def _plan_decodes(self) -> tuple[Ints, Ints]:
         """Rows sit out only if they need a block, and those of rows that drain cover it."""
@@ -227,7 +241,7 @@ class RigScheduler(Scheduler):
         waiting = np.setdiff1d(decoding, rows)
         full = table.computed[waiting] == table.num_blocks[waiting] * self.limits.block_size
         self._sitting_out = waiting.size
-        if not full.all() or waiting.size > table.num_blocks[list(self._draining)].sum():
+        if not full.all() or waiting.size > self._blocks_coming():
             raise Broken("liveness", f"rows {waiting.tolist()} sit out, and no blocks come back for them")
         return rows, blocks
 
@@ -268,18 +282,13 @@ class RigScheduler(Scheduler):
             self._check_preemption(row)
         super()._preempt(row)
 
-    def _drain(self, row: int, state: int) -> None:
-        if state == RowState.PREEMPTED:
-            self.thrown_away += self._fed[int(self.rows.request_id[row])]
-        super()._drain(row, state)
-
     def _check_preemption(self, row: int) -> None:
         """Youngest first, and only while the blocks that are free or come back do not cover what decodes."""
         table = self.rows
         running = table.state == RowState.RUNNING
         full = table.computed == table.num_blocks * self.limits.block_size
         wanted = np.count_nonzero(running & (table.length - table.computed == 1) & full)
-        if wanted <= self.pool.num_free + table.num_blocks[list(self._draining)].sum():
+        if wanted <= self.pool.num_free + self._blocks_coming():
             raise Broken("liveness", f"request {table.request_id[row]} was preempted, and there are blocks enough")
         if table.request_id[row] < table.request_id[running].max():
             raise Broken("liveness", f"request {table.request_id[row]} was preempted before a younger one")

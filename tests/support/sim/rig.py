@@ -296,8 +296,8 @@ class Rig:
             raise Broken("books", f"{stats.prompt_tokens} prompt tokens were counted")
         if stats.failed_steps != self._failed or stats.preemptions < self._asked:
             raise Broken("books", f"{stats.failed_steps} failed steps and {stats.preemptions} preemptions were counted")
-        if stats.recomputed_tokens != scheduler.thrown_away:
-            raise Broken("books", f"recomputed: {scheduler.thrown_away} tokens, counted: {stats.recomputed_tokens}")
+        if stats.recomputed_tokens != scheduler.fed_again:
+            raise Broken("books", f"recomputed: {scheduler.fed_again} tokens, counted: {stats.recomputed_tokens}")
         ends = [self.finished[each.request_id].reason for each in self.requests]
         ahead = self.schedule.lookahead
         allowed = ends.count(FinishReason.STOP) * ahead + ends.count(FinishReason.CANCELLED) * (ahead + 1)
