@@ -49,6 +49,7 @@ class EngineOptions(TypedDict, total=False):
     kv_cache_bytes: int | None
     num_blocks: int | None
     memory_fraction: float
+    prefix_cache: bool
     graphs: bool
     graph_buckets: tuple[int, ...] | None
     graph_tokens: int | None

@@ -15,7 +15,7 @@ from gapless.device.cpu import CpuDevice
 from gapless.device.null import NullDevice
 from gapless.engine.build import build_loop, graph_share, slot_capacity
 from gapless.engine.graphs import CHUNK_TOKENS, GraphTable, mixed_shapes
-from gapless.engine.layout import packed_capacity, sections_of
+from gapless.engine.layout import StepShape, packed_capacity, sections_of
 from gapless.engine.loop import Loop
 from gapless.sampling.torch_sampler import TorchSampler
 from support.hash_model import HashModel
@@ -76,7 +76,7 @@ def test_the_step_that_is_measured_is_one_that_can_be(rows: int, tokens: int):
     build_loop(model, config, device, TorchSampler(), torch.float32)
     device.close()
     [(counts, lengths, decodes)] = model.batches
-    assert sum(counts) == tokens
+    assert sum(counts) == tokens + rows  # decodes are padded by no more
     assert counts == lengths
     assert [count == 1 for count in counts] == [True] * decodes + [False] * (len(counts) - decodes)
 
@@ -89,6 +89,9 @@ def test_a_slot_holds_every_captured_step_and_every_other(rows: int, tokens: int
     assert graphs.mixed
     assert all(sections_of(shape).total <= capacity for shape in graphs.shapes)
     assert capacity >= packed_capacity(tokens, rows, limits.max_block_updates)
+    for decodes, length in ((0, tokens), (1, tokens - 1), (rows - 1, tokens - rows + 1)):
+        exact = StepShape(decodes + length, decodes, decodes + 1, rows, limits.max_block_updates, rows)
+        assert sections_of(graphs.pad_decodes(exact)).total <= capacity
     assert max(shape.samples for shape in graphs.shapes) <= rows  # the places of device_out
 
 

@@ -106,6 +106,15 @@ def test_a_mixed_step_takes_the_shape_of_the_fewest_tokens_that_holds_all_its_co
     assert table.shape_for(mixed_plan(2, [9, 1, 1])) is None
 
 
+def test_a_step_that_no_shape_holds_has_its_decodes_padded_as_if_one_did():
+    table = GraphTable((), [mixed_shape(*sizes, 9, 5) for sizes in [(4, 8, 4), (2, 8, 1)]])
+    for decodes, places in ((0, 0), (1, 2), (2, 2), (3, 4), (4, 4), (5, 5)):
+        exact = StepShape.of(mixed_plan(decodes, [50, 60], updates=1))
+        assert table.pad_decodes(exact) == exact.with_places(places)
+        assert exact.with_places(places).chunk_tokens == exact.chunk_tokens
+    assert GraphTable((4,)).pad_decodes(exact) == exact
+
+
 def filled(plan: Plan, shape: StepShape, scratch_row: int = 9) -> tuple[torch.Tensor, StepInputs]:
     packed = np.full(sections_of(shape).total, 555, dtype=np.int32)
     tokens_RL = np.arange(1000, dtype=np.int32).reshape(10, 100)
@@ -127,7 +136,7 @@ def test_padding_of_decodes_stands_between_them_and_the_chunks():
     assert inputs.sample_rows_S.tolist() == [0, 1, 2, 3, 9, 9, 9]
     assert inputs.sample_positions_S.tolist() == [1, 11, 3, 2, 0, 0, 0]
     assert [each.tolist() for each in inputs.block_updates()] == [[0], [1], [2]]
-    assert packed[sent_size(plan, mixed_shape(4, 8, 3, 9, 5)) :].tolist() == [555] * 12  # of 5 updates, 4 are not sent
+    assert packed[sent_size(plan, mixed_shape(4, 8, 3, 9, 5)) :].tolist() == [555] * 13  # of 5 updates, 4 are not sent
 
 
 def test_without_chunks_the_entries_after_the_decodes_have_no_token():
@@ -138,11 +147,11 @@ def test_without_chunks_the_entries_after_the_decodes_have_no_token():
     assert inputs.sample_tokens_S.tolist() == [0, 1, 0, 0, 0, 0, 0]
 
 
-def test_decodes_that_go_on_send_two_numbers_and_their_new_blocks():
+def test_decodes_that_go_on_send_a_header_and_their_new_blocks():
     shape = StepShape.decode(4)
     plan = dataclasses.replace(mixed_plan(3, [], updates=2), continues=True)
     packed, _ = filled(plan, shape)
-    assert sent_size(plan, shape) == 2 + 3 * 2
-    assert packed[:8].tolist() == [1, 2, 0, 1, 1, 2, 2, 3]
-    assert set(packed[8:].tolist()) == {555}
-    assert sent_size(dataclasses.replace(plan, continues=False), shape) == 2 + 3 * 4 + 3 * 4
+    assert sent_size(plan, shape) == 4 + 3 * 2
+    assert packed[:10].tolist() == [1, 2, 555, 555, 0, 1, 1, 2, 2, 3]
+    assert set(packed[10:].tolist()) == {555}
+    assert sent_size(dataclasses.replace(plan, continues=False), shape) == 4 + 3 * 4 + 3 * 4

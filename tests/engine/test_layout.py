@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from gapless.engine.layout import StepShape, packed_capacity, sections_of
+from gapless.engine.layout import Sections, StepShape, packed_capacity, sections_of
 
 
 def shapes(max_tokens: int, max_rows: int, max_updates: int) -> Iterator[StepShape]:
@@ -29,3 +29,13 @@ def test_a_slot_holds_a_step_of_as_many_tokens_as_rows_and_every_bucket(rows: in
     capacity = packed_capacity(rows, rows, 2 * rows)
     assert max(sections_of(shape).total for shape in shapes(rows, rows, 2 * rows)) <= capacity
     assert sections_of(StepShape.decode(rows)).total <= capacity
+
+
+@pytest.mark.parametrize("decodes_only", [False, True])
+def test_every_section_begins_at_a_multiple_of_16_bytes(decodes_only: bool):
+    """Else kernels would be compiled anew for each mix of addresses that comes along."""
+    for count in range(1, 9):
+        shape = StepShape.decode(count) if decodes_only else StepShape(count + 5, count, count + 2, count, 3, count)
+        sections = [getattr(sections_of(shape), name) for name in Sections.__slots__ if name != "total"]
+        assert len(sections) == 17
+        assert all(section.start % 4 == 0 for section in sections)

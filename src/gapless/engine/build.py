@@ -18,7 +18,7 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.core import Engine
 from gapless.engine.fill import fill
 from gapless.engine.graphs import GraphTable, default_buckets, mixed_shapes
-from gapless.engine.layout import StepShape, packed_capacity, sections_of
+from gapless.engine.layout import StepShape, sections_of
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Extent, Runner, copy_in
 from gapless.engine.slots import Slot, SlotRing
@@ -136,8 +136,10 @@ def graph_share(activation: int, shapes: Sequence[StepShape], budget: int) -> in
 
 def slot_capacity(graphs: GraphTable, limits: SchedulerLimits) -> int:
     """int32 elements that a slot's inputs can need, with a graph or without."""
-    without = packed_capacity(limits.max_batch_tokens, limits.max_rows, limits.max_block_updates)
-    return max([without, *(sections_of(shape).total for shape in graphs.mixed)])
+    rows = limits.max_rows
+    without = StepShape(limits.max_batch_tokens, 0, rows, rows, limits.max_block_updates, rows)
+    padded = without.with_places(max((shape.decodes for shape in graphs.mixed), default=0))
+    return max(sections_of(shape).total for shape in (padded, *graphs.mixed))
 
 
 def _sizes(graphs: GraphTable) -> tuple[list[int], list[int]]:
@@ -238,9 +240,11 @@ def _measure_activation(
         num_decodes=sum(count == 1 for count in chunks),
     )
     shape = StepShape.of(plan)
+    if config.graphs and model.captures_chunks:  # decodes may be padded
+        shape = shape.with_places(shape.decodes + config.max_rows)
     kv = model.kv_spec.allocate(_SMALLEST_CACHE, config.block_size, dtype, device.torch_device)
     tables = DeviceTables.allocate(config.max_rows + 1, columns, device.torch_device)
-    slot = Slot(0, device, packed_capacity(tokens, config.max_rows, 0), config.max_rows)
+    slot = Slot(0, device, sections_of(shape).total, config.max_rows)
     runner = _runner_for(device)(model, device, sampler, kv, tables, GraphTable(()))
     fill(plan, np.zeros((1, max_model_len), dtype=np.int32), slot.packed, shape, 0)
     extent = Extent(max(chunks), max(chunks), all_greedy=False)

@@ -82,6 +82,14 @@ class GraphTable:
         exact = StepShape.of(plan)
         return next((shape for shape in self.mixed if _holds(shape, exact)), None)
 
+    def pad_decodes(self, exact: StepShape) -> StepShape:
+        """What a step of this shape runs in if no graph holds it: with as many decodes as one that does.
+
+        Some kernels are compiled for the number of decodes, up to a power of two, and a running engine has no time.
+        """
+        places = [shape.decodes for shape in self.mixed if shape.decodes >= exact.decodes]
+        return exact.with_places(min(places)) if places and exact.decodes else exact
+
     def get(self, shape: StepShape, slot: Slot) -> Graph | None:
         return self._graphs.get((shape, slot.index))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -51,6 +51,11 @@ class StepShape:
         """Every entry has one token, and samples; no row is new."""
         return self.tokens == self.decodes == self.samples and not self.admitted
 
+    def with_places(self, decodes: int) -> StepShape:
+        """With padding up to so many decodes."""
+        gap = decodes - self.decodes
+        return replace(self, tokens=self.tokens + gap, decodes=decodes, entries=self.entries + gap)
+
     @property
     def chunks(self) -> int:
         """Entries after the decodes."""
@@ -90,6 +95,7 @@ class Sections:
 
 
 HEADER = 2
+_ALIGNMENT = 4  # int32 numbers
 _NOWHERE = slice(0, 0)
 
 
@@ -115,8 +121,13 @@ def sections_of(shape: StepShape) -> Sections:
     begin = 0
     for name, size in sizes.items():
         slices[name] = slice(begin, begin + size)
-        begin += size
+        begin += _aligned(size)
     return Sections(**slices, total=begin)
+
+
+def _aligned(size: int) -> int:
+    """Kernels are compiled for addresses that are multiples of 16 bytes, and anew for each one that is not."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def sent_size(plan: Plan, shape: StepShape) -> int:
@@ -130,7 +141,7 @@ def sent_size(plan: Plan, shape: StepShape) -> int:
 
 def packed_capacity(max_tokens: int, max_rows: int, max_updates: int) -> int:
     """int32 elements that the largest step of these limits can need."""
-    return HEADER + 3 * max_tokens + 6 * max_rows + 1 + 3 * max_updates + 7 * max_rows
+    return sections_of(StepShape(max_tokens, 0, max_rows, max_rows, max_updates, max_rows)).total
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,8 @@ class Runner:
         self._d2h = device.stream("d2h")
 
     def shape_of(self, plan: Plan) -> StepShape:
-        """The shape that the plan is filled and launched in: a graph's if one holds it, else its own."""
-        return self.graphs.shape_for(plan) or StepShape.of(plan)
+        """The shape that the plan is filled and launched in: a graph's if one holds it."""
+        return self.graphs.shape_for(plan) or self.graphs.pad_decodes(StepShape.of(plan))
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
         """Queue the step that was filled into the slot. Returns at once."""
