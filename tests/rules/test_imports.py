@@ -133,7 +133,12 @@ MAY_WAIT = {
     "device.sim.device",
     "engine.slots",
 }
-REFERENCES = {"attention.torch_reference", "sampling.torch_sampler"}  # the CPU's, which may look at their data
+REFERENCES = {
+    "attention.torch_reference",
+    "sampling.torch_sampler",
+    "sampling.torch_features",
+    "sampling.torch_logprobs",
+}  # the CPU's, which may look at their data
 HOT_ROOMS = {
     "engine",
     "scheduler",

@@ -12,6 +12,7 @@ triton: Any = pytest.importorskip("triton")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("extremes_kernel", "survey_kernel", "choose_kernel")
+EDITED = {"edited_ptr": "*fp32", "is_edited_ptr": "*i32"}
 POINTERS = {
     "rows_ptr": "*i32",
     "positions_ptr": "*i32",
@@ -32,7 +33,7 @@ POINTERS = {
 }
 
 
-def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str, Any]:
+def assembled(kernel_name: str, target: str, dtype: str, vocab: int, *, edited: bool = False) -> dict[str, Any]:
     """What Triton makes of a kernel with TritonSampler's default shape, by stage of the compilation."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,8 +47,11 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
         "LARGEST": torch.finfo(DTYPES[dtype]).max,
         "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
         "DEPENDENT": target == "sm_90",
+        "EDITED": edited,
+        **({} if edited else dict.fromkeys(EDITED)),
     }
-    types = {"logits_ptr": f"*{dtype}", "logits_stride": "i32", **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    types = {"logits_ptr": f"*{dtype}", "logits_stride": "i32", **POINTERS, **EDITED}
+    types |= dict.fromkeys(constants, "constexpr")
     names: list[str] = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -72,6 +76,13 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int) -> dict[str
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_sampler_compiles(kernel: str, target: str, dtype: str, vocab: int):
     asm = assembled(kernel, target, dtype, vocab)
+    assert len(asm["hsaco" if target == "gfx942" else "cubin"]) > 0
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "fp16"), ("sm_90", "bf16"), ("gfx942", "bf16")])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_sampler_of_edited_logits_compiles(kernel: str, target: str, dtype: str):
+    asm = assembled(kernel, target, dtype, 128256, edited=True)
     assert len(asm["hsaco" if target == "gfx942" else "cubin"]) > 0
 
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 
 from gapless.sampling.base import Sampler, SamplingTables
+from gapless.sampling.features import FeatureTables, StepMasks
+from gapless.sampling.records import RowFeatures
 from gapless.sampling.rng import seed_words
 from gapless.sampling.torch_sampler import TorchSampler
 
-__all__ = ["Sampler", "SamplingTables", "TorchSampler", "make_sampler", "seed_words"]
+__all__ = [
+    "FeatureTables",
+    "RowFeatures",
+    "Sampler",
+    "SamplingTables",
+    "StepMasks",
+    "TorchSampler",
+    "make_sampler",
+    "seed_words",
+]
 
 
 def make_sampler(device: torch.device) -> Sampler:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gapless.errors import InternalError
+from gapless.sampling.features import FeatureTables, StepMasks
 
 MASS_BITS: Final = 42
 MAX_VOCAB: Final = 2**20 - 1  # so that the total mass stays below 2**62
@@ -82,7 +83,15 @@ class Sampler(Protocol):
     """Chooses one token per entry."""
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         """Tokens, int32[E].
 
@@ -90,8 +99,17 @@ class Sampler(Protocol):
         rows_E       int32: each entry's line in the tables.
         positions_E  int32: the position, in its sequence, of the token being sampled.
         all_greedy   a promise that every row's temperature is 0; an implementation may ignore it.
+        features     edits that come before temperature and filters, see features.py; None: no row has any. A row
+                     without edits gets the same token either way.
+        masks        masks of this step, if it has some; they need `features`.
         """
         ...
+
+
+def clean_logits(logits: Tensor) -> Tensor:
+    """fp32 logits with NaN as -inf and +inf as the type's largest finite value."""
+    largest = torch.finfo(logits.dtype).max
+    return torch.nan_to_num(logits.float(), nan=-torch.inf, posinf=largest, neginf=-torch.inf)
 
 
 def check_logits(logits_EV: Tensor) -> None:

@@ -13,8 +13,11 @@ from gapless.sampling.base import (
     MIN_TEMPERATURE,
     SamplingTables,
     check_logits,
+    clean_logits,
 )
+from gapless.sampling.features import FeatureTables, StepMasks
 from gapless.sampling.rng import scale_torch, uniform_torch
+from gapless.sampling.torch_features import edit_logits, edited_entries
 
 CHUNK_ELEMENTS = 2**17  # rows are worked on in chunks that stay in a core's cache
 
@@ -23,38 +26,55 @@ class TorchSampler:
     """Reads values on the host to skip work, so it is for devices without graphs, and for tests."""
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         check_logits(logits_EV)
-        tokens_E = greedy_tokens(logits_EV)
-        if all_greedy:
-            return tokens_E
-        rows_E = rows_E.to(torch.int64)
-        temperature_E = tables.temperature_R[rows_E]
-        random_N = (temperature_E > 0).nonzero().squeeze(1)
-        if random_N.numel() == 0:
-            return tokens_E
-        rows_N, temperature_N = rows_E[random_N], temperature_E[random_N]
-        top_k_N, top_p_N, min_p_N = tables.top_k_R[rows_N], tables.top_p_R[rows_N], tables.min_p_R[rows_N]
-        uniform_N = uniform_torch(tables.seed_R2[rows_N], positions_E[random_N])
-        chunk = max(1, CHUNK_ELEMENTS // logits_EV.shape[1])
-        for start in range(0, random_N.numel(), chunk):
-            part = slice(start, start + chunk)
-            mass_NV = kept_mass(
-                clean_logits(logits_EV[random_N[part]]),
-                temperature_N[part],
-                top_k_N[part],
-                top_p_N[part],
-                min_p_N[part],
-            )
-            tokens_E[random_N[part]] = inverse_cdf(mass_NV, uniform_N[part])
+        if features is None or not bool((edited_E := edited_entries(rows_E, features, masks)).any()):
+            return choose(logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy)
+        tokens_E = torch.empty_like(rows_E, dtype=torch.int32)
+        for which_E in (edited_E, ~edited_E):
+            logits_NV, rows_N, positions_N = logits_EV[which_E], rows_E[which_E], positions_E[which_E]
+            if which_E is edited_E:
+                logits_NV = edit_logits(logits_NV, rows_N, positions_N, features, masks and masks.of(which_E))
+            tokens_E[which_E] = choose(logits_NV, rows_N, positions_N, tables, all_greedy=all_greedy)
         return tokens_E
 
 
-def clean_logits(logits: Tensor) -> Tensor:
-    """fp32 logits with NaN as -inf and +inf as the type's largest finite value."""
-    largest = torch.finfo(logits.dtype).max
-    return torch.nan_to_num(logits.float(), nan=-torch.inf, posinf=largest, neginf=-torch.inf)
+def choose(
+    logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+) -> Tensor:
+    """A token per entry from these logits, as base.py says: int32[E]."""
+    tokens_E = greedy_tokens(logits_EV)
+    if all_greedy:
+        return tokens_E
+    rows_E = rows_E.to(torch.int64)
+    temperature_E = tables.temperature_R[rows_E]
+    random_N = (temperature_E > 0).nonzero().squeeze(1)
+    if random_N.numel() == 0:
+        return tokens_E
+    rows_N, temperature_N = rows_E[random_N], temperature_E[random_N]
+    top_k_N, top_p_N, min_p_N = tables.top_k_R[rows_N], tables.top_p_R[rows_N], tables.min_p_R[rows_N]
+    uniform_N = uniform_torch(tables.seed_R2[rows_N], positions_E[random_N])
+    chunk = max(1, CHUNK_ELEMENTS // logits_EV.shape[1])
+    for start in range(0, random_N.numel(), chunk):
+        part = slice(start, start + chunk)
+        mass_NV = kept_mass(
+            clean_logits(logits_EV[random_N[part]]),
+            temperature_N[part],
+            top_k_N[part],
+            top_p_N[part],
+            min_p_N[part],
+        )
+        tokens_E[random_N[part]] = inverse_cdf(mass_NV, uniform_N[part])
+    return tokens_E
 
 
 def greedy_tokens(logits_EV: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from gapless.sampling.triton_math import (
     image,
     load_logits,
     load_tile,
+    row_source,
     scale,
+    source_zero_bits,
     uniform_halves,
 )
 from gapless.sampling.triton_search import (
@@ -59,6 +61,8 @@ def is_filtered(temperature, top_k, top_p, VOCAB: tl.constexpr):
 def extremes_kernel(
     logits_ptr,
     logits_stride,
+    edited_ptr,
+    is_edited_ptr,
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -72,6 +76,7 @@ def extremes_kernel(
     TILES: tl.constexpr,
     SEGMENT: tl.constexpr,
     LARGEST: tl.constexpr,
+    EDITED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Largest logit of a share of the row and the first index that has it; a splitter where the row has filters.
@@ -87,7 +92,8 @@ def extremes_kernel(
     filtered = is_filtered(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), VOCAB)
     place = tl.arange(0, BLOCK)
     index = (place // SEGMENT * SHARES + share) * SEGMENT + place % SEGMENT
-    x = load_logits(logits_ptr + entry.to(tl.int64) * logits_stride, index, index < VOCAB, LARGEST)
+    source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
+    x = load_logits(source, index, index < VOCAB, LARGEST)
     best = tl.max(x, axis=0)
     tl.store(best_ptr + entry * TILES + share, best)
     tl.store(token_ptr + entry * TILES + share, tl.min(tl.where(x == best, index, VOCAB), axis=0))
@@ -103,6 +109,8 @@ def extremes_kernel(
 def survey_kernel(
     logits_ptr,
     logits_stride,
+    edited_ptr,
+    is_edited_ptr,
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -118,6 +126,7 @@ def survey_kernel(
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
     LARGEST: tl.constexpr,
+    EDITED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Of a tile of a random row: the mass that min_p keeps; or, under filters, all its mass and what each splitter
@@ -128,14 +137,14 @@ def survey_kernel(
     row = tl.load(rows_ptr + entry).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0.0:
-        row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
+        source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
         best_T = load_tiles(best_ptr + entry * TILES, float("-inf"), VOCAB, BLOCK, TILES)
         top_k = tl.load(top_k_ptr + row)
         inverse_temperature = tl.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
         if is_filtered(temperature, top_k, tl.load(top_p_ptr + row), VOCAB):
             by_count = filters_by_count(top_k, VOCAB)
             mass = survey_tile(
-                row_ptr,
+                source,
                 tile,
                 splitter_ptr + entry * TILES,
                 reached_ptr + (entry * TILES + tile) * TILES,
@@ -150,7 +159,7 @@ def survey_kernel(
                 LARGEST,
             )
         else:
-            x_N = load_tile(row_ptr, tile, VOCAB, BLOCK, LARGEST)
+            x_N = load_tile(source, tile, VOCAB, BLOCK, LARGEST)
             mass_N = kept_mass(x_N, float("-inf"), tl.load(min_p_ptr + row), largest_of(best_T), inverse_temperature)
             mass = tl.sum(mass_N, axis=0)
         tl.store(mass_ptr + (entry * MASS_KINDS + TOTAL) * TILES + tile, mass)
@@ -160,6 +169,8 @@ def survey_kernel(
 def choose_kernel(
     logits_ptr,
     logits_stride,
+    edited_ptr,
+    is_edited_ptr,
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -183,6 +194,7 @@ def choose_kernel(
     CAPACITY: tl.constexpr,
     LARGEST: tl.constexpr,
     LOW_ZERO_BITS: tl.constexpr,
+    EDITED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """The token: the argmax, or the inverse CDF in vocabulary order: find the tile, then scan it.
@@ -196,7 +208,8 @@ def choose_kernel(
     parts = tl.num_programs(1)
     SHARES: tl.constexpr = (VOCAB + BLOCK - 1) // BLOCK
     row = tl.load(rows_ptr + entry).to(tl.int64)
-    row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
+    source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
+    low_zero_bits = source_zero_bits(source, LOW_ZERO_BITS)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -222,8 +235,8 @@ def choose_kernel(
     if filtered:
         # Below `low` no logit has mass: if top_k reaches so far it drops none that has.
         low = largest - MASS_RANGE * tl.maximum(temperature, MIN_TEMPERATURE)
-        low = float_of(image(low, LOW_ZERO_BITS), LOW_ZERO_BITS)
-        top = float_of(image(largest, LOW_ZERO_BITS) + 1, LOW_ZERO_BITS)
+        low = float_of(image(low, low_zero_bits), low_zero_bits)
+        top = float_of(image(largest, low_zero_bits) + 1, low_zero_bits)
         slack = 0.0
         needed_by_survey = needed.to(tl.float32)
         if by_count == 0:
@@ -250,7 +263,7 @@ def choose_kernel(
         span = tl.cdiv(SHARES, parts)
         for tile in range(part * span, tl.minimum((part + 1) * span, SHARES)):
             collect_tile(
-                row_ptr,
+                source,
                 candidate_ptr,
                 progress_ptr,
                 mass_ptr + ABOVE * TILES,
@@ -281,7 +294,7 @@ def choose_kernel(
                     stored = tl.load(progress_ptr, cache_modifier=".cg")
                 if filtered & (stored <= CAPACITY):
                     floor, kept_T, kept_C, tile_C = settle_on_candidates(
-                        row_ptr,
+                        source,
                         candidate_ptr,
                         stored,
                         mass_ptr,
@@ -301,14 +314,14 @@ def choose_kernel(
                         TILES,
                         CAPACITY,
                         LARGEST,
-                        LOW_ZERO_BITS,
+                        low_zero_bits,
                     )
                     target = scale(u1, u0, tl.sum(kept_T, axis=0) + tl.sum(kept_C, axis=0))
                     tile, before = find_tile(kept_T, kept_C, tile_C, target, SHARES, TILES)
                 else:
                     if filtered:
                         floor, kept_T = settle_on_row(
-                            row_ptr,
+                            source,
                             top_p,
                             min_weight,
                             by_count,
@@ -322,7 +335,7 @@ def choose_kernel(
                             BLOCK,
                             TILES,
                             LARGEST,
-                            LOW_ZERO_BITS,
+                            low_zero_bits,
                         )
                     else:
                         floor = float("-inf")
@@ -331,7 +344,7 @@ def choose_kernel(
                     passed_T = tl.cumsum(kept_T, axis=0) <= target
                     tile = tl.sum(passed_T.to(tl.int32), axis=0)
                     before = tl.sum(tl.where(passed_T, kept_T, 0), axis=0)
-                x_N = load_tile(row_ptr, tile, VOCAB, BLOCK, LARGEST)
+                x_N = load_tile(source, tile, VOCAB, BLOCK, LARGEST)
                 cumulative_N = before + tl.cumsum(
                     kept_mass(x_N, floor, min_weight, largest, inverse_temperature), axis=0
                 )

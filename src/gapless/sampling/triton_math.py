@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,6 +22,7 @@ MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(rng.MULTIPLIER_0), tl.constexpr(rng.MU
 KEY_STEP_0, KEY_STEP_1 = tl.constexpr(rng.KEY_STEP_0), tl.constexpr(rng.KEY_STEP_1)
 WORD = tl.constexpr(0xFFFFFFFF)
 HALF = tl.constexpr(0x7FFFFFFF)
+FLOAT32_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -56,17 +58,48 @@ def scale(u1, u0, total):
 
 
 @triton.jit
-def load_logits(row_ptr, index, mask, LARGEST: tl.constexpr):
-    """fp32 logits: NaN and what the mask leaves out as -inf, +inf as the largest finite value."""
-    x = tl.load(row_ptr + index, mask=mask, other=float("-inf")).to(tl.float32)
+def row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB: tl.constexpr, EDITED: tl.constexpr):
+    """Where a row's logits are: the model's own; and where some are edited, those in fp32, and whether to take them."""
+    row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
+    if EDITED:
+        source = (row_ptr, edited_ptr + entry.to(tl.int64) * VOCAB, tl.load(is_edited_ptr + entry) != 0)
+    else:
+        source = (row_ptr,)
+    return source
+
+
+@triton.jit
+def source_zero_bits(source, LOW_ZERO_BITS: tl.constexpr):
+    """How many low bits of a logit are zero: of edited ones none are."""
+    bits = LOW_ZERO_BITS
+    if len(source) == 3:
+        bits = tl.where(source[2], 0, LOW_ZERO_BITS)
+    return bits
+
+
+@triton.jit
+def clean(x, LARGEST: tl.constexpr):
+    """NaN as -inf, +inf as the largest finite value."""
     return tl.where(x == x, tl.where(x > LARGEST, LARGEST, x), float("-inf"))
 
 
 @triton.jit
-def load_tile(row_ptr, tile, VOCAB: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+def load_logits(source, index, mask, LARGEST: tl.constexpr):
+    """Clean fp32 logits; what the mask leaves out is -inf. `LARGEST` is that of the model's own."""
+    if len(source) == 1:
+        x = clean(tl.load(source[0] + index, mask=mask, other=float("-inf")).to(tl.float32), LARGEST)
+    elif source[2]:
+        x = clean(tl.load(source[1] + index, mask=mask, other=float("-inf")), FLOAT32_LARGEST)
+    else:
+        x = clean(tl.load(source[0] + index, mask=mask, other=float("-inf")).to(tl.float32), LARGEST)
+    return x
+
+
+@triton.jit
+def load_tile(source, tile, VOCAB: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
     """The logits of one tile of neighbours in the vocabulary."""
     index = tile * BLOCK + tl.arange(0, BLOCK)
-    return load_logits(row_ptr, index, index < VOCAB, LARGEST)
+    return load_logits(source, index, index < VOCAB, LARGEST)
 
 
 @triton.jit
@@ -81,15 +114,15 @@ def weigh(x, largest, inverse_temperature):
 
 
 @triton.jit
-def image(x, LOW_ZERO_BITS: tl.constexpr):
+def image(x, low_zero_bits):
     """An int64 that orders as the float does, 0 for both zeros; neighbours among the logits' own type differ by one."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return (tl.where(bits < 0, bits ^ HALF, bits) >> LOW_ZERO_BITS).to(tl.int64)
+    return (tl.where(bits < 0, bits ^ HALF, bits) >> low_zero_bits).to(tl.int64)
 
 
 @triton.jit
-def float_of(place, LOW_ZERO_BITS: tl.constexpr):
+def float_of(place, low_zero_bits):
     """The float of an image: of any fp32, the largest of the logits' own type that is not above it."""
-    place32 = place.to(tl.int32) << LOW_ZERO_BITS
-    low_ones: tl.constexpr = (1 << LOW_ZERO_BITS) - 1
+    place32 = place.to(tl.int32) << low_zero_bits
+    low_ones = (1 << low_zero_bits) - 1
     return tl.where(place32 < 0, (place32 | low_ones) ^ HALF, place32).to(tl.float32, bitcast=True)

@@ -16,6 +16,9 @@ never wait, so one captured graph serves any mix of parameters; programs that a 
 choose the same tokens as TorchSampler, bit for bit: masses are integers, weights are compiled without fused
 multiply-add, and the survey's rounded sums only say where to look. Needs only torch and Triton; NVIDIA and AMD.
 
+Where rows may have edits (features.py), edit_kernel comes first, and the three read each row's logits from where its
+flag says: the model's own, or the edited ones in fp32. Without features they are compiled without that question.
+
 Splitters as in sample sort: Frazer, McKellar, "Samplesort", JACM 1970. E entries, T tiles of the vocabulary, rounded
 up to a power of two, C candidates.
 """
@@ -32,6 +35,8 @@ from torch import Tensor
 from gapless.kernels.dependent import dependent_launch
 from gapless.sampling import triton_kernels, triton_search
 from gapless.sampling.base import SamplingTables, check_logits
+from gapless.sampling.features import FeatureTables, StepMasks
+from gapless.sampling.triton_features import EditTiles, edit_logits
 
 _kernels: Any = triton_kernels  # Triton's functions are launched with values where their signatures say constexpr
 MIN_BLOCK = 16
@@ -77,11 +82,20 @@ class SamplerTiles:
 class TritonSampler:
     """Safe under graphs."""
 
-    def __init__(self, tiles: SamplerTiles | None = None) -> None:
+    def __init__(self, tiles: SamplerTiles | None = None, edit_tiles: EditTiles | None = None) -> None:
         self.tiles = tiles or SamplerTiles()
+        self.edit_tiles = edit_tiles or EditTiles()
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         check_logits(logits_EV)
         entries, vocab = logits_EV.shape
@@ -100,10 +114,14 @@ class TritonSampler:
         ties_ET = torch.empty_like(token_ET)
         candidate_EC = torch.empty(entries, constants["CAPACITY"], dtype=torch.int32, device=device)
         progress_E2 = torch.empty(entries, 2, dtype=torch.int32, device=device)
-        logits = (logits_EV, logits_EV.stride(0))
+        edited = (None, None)
+        if features is not None:
+            beside = edit_logits(logits_EV, rows_E, positions_E, features, masks, self.edit_tiles)
+            edited = (beside.logits_EV, beside.is_edited_E)
+        logits = (logits_EV, logits_EV.stride(0), *edited)
         filters = (tables.temperature_R, tables.top_k_R, tables.top_p_R)
-        options: dict[str, Any] = {"LARGEST": torch.finfo(logits_EV.dtype).max, "enable_fp_fusion": False}
-        options.update(dependent_launch())
+        options: dict[str, Any] = {"LARGEST": torch.finfo(logits_EV.dtype).max, "EDITED": features is not None}
+        options.update(dependent_launch(), enable_fp_fusion=False)
 
         def shape(*names: str) -> dict[str, int]:
             return {name: constants[name] for name in ("VOCAB", "BLOCK", "TILES", *names)}

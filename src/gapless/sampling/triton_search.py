@@ -74,7 +74,7 @@ def surveyed_splitters(
 
 @triton.jit
 def survey_tile(
-    row_ptr,
+    source,
     tile,
     splitter_ptr,
     reached_ptr,
@@ -96,7 +96,7 @@ def survey_tile(
     SHARES: tl.constexpr = (VOCAB + BLOCK - 1) // BLOCK
     place_DL = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     index_DL = tile * BLOCK + place_DL
-    x_DL = load_logits(row_ptr, index_DL, index_DL < VOCAB, LARGEST)
+    x_DL = load_logits(source, index_DL, index_DL < VOCAB, LARGEST)
     amount_DL = tl.full([BLOCK // LANES, LANES], 1.0, tl.float32)
     mass = tl.zeros([], tl.int64)
     if by_count == 0:
@@ -133,7 +133,7 @@ def find_bracket(
 
 @triton.jit
 def collect_tile(
-    row_ptr,
+    source,
     candidate_ptr,
     stored_ptr,
     above_ptr,
@@ -152,7 +152,7 @@ def collect_tile(
 ):
     """Append the tile's indices of logits between `low` and `high`; store how many equal `low`, and the mass from
     `high` on, with and without what min_p drops."""
-    x_N = load_tile(row_ptr, tile, VOCAB, BLOCK, LARGEST)
+    x_N = load_tile(source, tile, VOCAB, BLOCK, LARGEST)
     above = tl.zeros([], tl.int64)
     kept = above
     if high <= largest:
@@ -176,24 +176,24 @@ def collect_tile(
 
 
 @triton.jit
-def highest_floor(x_C, amount_C, above, needed, low, high, LOW_ZERO_BITS: tl.constexpr):
+def highest_floor(x_C, amount_C, above, needed, low, high, low_zero_bits):
     """The highest float from `low` on, below `high`, at or above which the candidates and `above` amount to `needed`.
 
     `low` if none above it does.
     """
-    low_image = image(low, LOW_ZERO_BITS)
-    high_image = image(high, LOW_ZERO_BITS)
+    low_image = image(low, low_zero_bits)
+    high_image = image(high, low_zero_bits)
     while high_image - low_image > 1:
         middle = (low_image + high_image) >> 1
-        amount = above + tl.sum(tl.where(x_C >= float_of(middle, LOW_ZERO_BITS), amount_C, 0), axis=0)
+        amount = above + tl.sum(tl.where(x_C >= float_of(middle, low_zero_bits), amount_C, 0), axis=0)
         low_image = tl.where(amount >= needed, middle, low_image)
         high_image = tl.where(amount >= needed, high_image, middle)
-    return float_of(low_image, LOW_ZERO_BITS)
+    return float_of(low_image, low_zero_bits)
 
 
 @triton.jit
 def amount_of_row(
-    row_ptr,
+    source,
     floor,
     by_count,
     largest,
@@ -205,7 +205,7 @@ def amount_of_row(
     """Count, or mass, of all the row's logits that are at least `floor`."""
     amount_N = tl.zeros([BLOCK], tl.int64)
     for tile in range(tl.cdiv(VOCAB, BLOCK)):
-        x_N = load_tile(row_ptr, tile, VOCAB, BLOCK, LARGEST)
+        x_N = load_tile(source, tile, VOCAB, BLOCK, LARGEST)
         mass_N = kept_mass(x_N, floor, 0.0, largest, inverse_temperature)
         amount_N += tl.where(by_count, (x_N >= floor).to(tl.int64), mass_N)
     return tl.sum(amount_N, axis=0)
@@ -213,7 +213,7 @@ def amount_of_row(
 
 @triton.jit
 def highest_floor_of_row(
-    row_ptr,
+    source,
     needed,
     by_count,
     low,
@@ -223,18 +223,18 @@ def highest_floor_of_row(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
-    LOW_ZERO_BITS: tl.constexpr,
+    low_zero_bits,
 ):
     """As highest_floor, by passes over the whole row."""
-    low_image = image(low, LOW_ZERO_BITS)
-    high_image = image(high, LOW_ZERO_BITS)
+    low_image = image(low, low_zero_bits)
+    high_image = image(high, low_zero_bits)
     while high_image - low_image > 1:
         middle = (low_image + high_image) >> 1
-        floor = float_of(middle, LOW_ZERO_BITS)
-        amount = amount_of_row(row_ptr, floor, by_count, largest, inverse_temperature, VOCAB, BLOCK, LARGEST)
+        floor = float_of(middle, low_zero_bits)
+        amount = amount_of_row(source, floor, by_count, largest, inverse_temperature, VOCAB, BLOCK, LARGEST)
         low_image = tl.where(amount >= needed, middle, low_image)
         high_image = tl.where(amount >= needed, high_image, middle)
-    return float_of(low_image, LOW_ZERO_BITS)
+    return float_of(low_image, low_zero_bits)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def find_tile(kept_T, kept_C, tile_C, target, SHARES: tl.constexpr, TILES: tl.co
 
 @triton.jit
 def settle_on_candidates(
-    row_ptr,
+    source,
     candidate_ptr,
     stored,
     mass_ptr,
@@ -275,12 +275,12 @@ def settle_on_candidates(
     TILES: tl.constexpr,
     CAPACITY: tl.constexpr,
     LARGEST: tl.constexpr,
-    LOW_ZERO_BITS: tl.constexpr,
+    low_zero_bits,
 ):
     """The row's threshold; kept mass by tile without the candidates; and of these the kept masses and the tiles."""
     place_C = tl.arange(0, CAPACITY)
     index_C = tl.load(candidate_ptr + place_C, mask=place_C < stored, other=0, cache_modifier=".cg")
-    x_C = load_logits(row_ptr, index_C, place_C < stored, LARGEST)
+    x_C = load_logits(source, index_C, place_C < stored, LARGEST)
     weight_C = weigh(x_C, largest, inverse_temperature)
     mass_C = (weight_C * MASS_SCALE).to(tl.int64)
     above_T = load_tiles(mass_ptr + ABOVE * TILES, 0, VOCAB, BLOCK, TILES)
@@ -291,10 +291,10 @@ def settle_on_candidates(
 
     above = tl.where(by_count, beyond, tl.sum(above_T, axis=0))
     amount_C = tl.where(by_count, 1, mass_C)
-    floor = highest_floor(x_C, amount_C, above, needed, low, high, LOW_ZERO_BITS)
+    floor = highest_floor(x_C, amount_C, above, needed, low, high, low_zero_bits)
     if by_count & (top_p < 1.0):
         total = tl.sum(tl.where(x_C >= floor, mass_C, 0), axis=0) + tl.where(floor <= low, tl.sum(ties_T, axis=0), 0)
-        floor = highest_floor(x_C, mass_C, 0, mass_needed(total, top_p), floor, top, LOW_ZERO_BITS)
+        floor = highest_floor(x_C, mass_C, 0, mass_needed(total, top_p), floor, top, low_zero_bits)
     kept_T += tl.where((floor <= low) & (low_weight >= min_weight), ties_T, 0)
     kept_C = tl.where((x_C >= floor) & (weight_C >= min_weight), mass_C, 0)
     return floor, kept_T, kept_C, index_C // BLOCK
@@ -302,7 +302,7 @@ def settle_on_candidates(
 
 @triton.jit
 def settle_on_row(
-    row_ptr,
+    source,
     top_p,
     min_weight,
     by_count,
@@ -316,22 +316,22 @@ def settle_on_row(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     LARGEST: tl.constexpr,
-    LOW_ZERO_BITS: tl.constexpr,
+    low_zero_bits,
 ):
     """The row's threshold and its kept mass by tile, without candidates: slow, for rows that have too many."""
     floor = highest_floor_of_row(
-        row_ptr, needed, by_count, low, high, largest, inverse_temperature, VOCAB, BLOCK, LARGEST, LOW_ZERO_BITS
+        source, needed, by_count, low, high, largest, inverse_temperature, VOCAB, BLOCK, LARGEST, low_zero_bits
     )
     if by_count & (top_p < 1.0):
-        total = amount_of_row(row_ptr, floor, False, largest, inverse_temperature, VOCAB, BLOCK, LARGEST)
+        total = amount_of_row(source, floor, False, largest, inverse_temperature, VOCAB, BLOCK, LARGEST)
         needed = mass_needed(total, top_p)
         floor = highest_floor_of_row(
-            row_ptr, needed, False, floor, top, largest, inverse_temperature, VOCAB, BLOCK, LARGEST, LOW_ZERO_BITS
+            source, needed, False, floor, top, largest, inverse_temperature, VOCAB, BLOCK, LARGEST, low_zero_bits
         )
     tiles_T = tl.arange(0, TILES)
     kept_T = tl.zeros([TILES], tl.int64)
     for tile in range(tl.cdiv(VOCAB, BLOCK)):
-        x_N = load_tile(row_ptr, tile, VOCAB, BLOCK, LARGEST)
+        x_N = load_tile(source, tile, VOCAB, BLOCK, LARGEST)
         kept = tl.sum(kept_mass(x_N, floor, min_weight, largest, inverse_temperature), axis=0)
         kept_T = tl.where(tiles_T == tile, kept, kept_T)
     return floor, kept_T

@@ -16,6 +16,7 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.config import SchedulerLimits
 from gapless.sampling.base import SamplingTables
+from gapless.sampling.features import FeatureTables, StepMasks
 from support.hash_model import EOS, MISPLACED, NOT_COMPUTED, VOCAB, HashModel, position_weights, scores
 from support.sim.schedule import Move
 
@@ -81,7 +82,15 @@ class MixSampler:
     """Implements sampling.base.Sampler, with an answer that depends on every parameter."""
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         greedy_E = logits_EV.numpy().argmax(1)
         if all_greedy:

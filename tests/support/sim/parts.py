@@ -32,6 +32,7 @@ from gapless.outcome import Committed
 from gapless.plan import Ints, Plan
 from gapless.rows import RowState, RowTable
 from gapless.sampling.base import Sampler, SamplingTables
+from gapless.sampling.features import FeatureTables, StepMasks
 from gapless.scheduler import Scheduler
 from support.sim.model import MixSampler, NumpyHashModel, answer
 from support.sim.schedule import Move, Shortage
@@ -157,10 +158,20 @@ class RigSampler:
         self._device = device
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         self._device.reach("between forward and sampling")
-        return self._sampler.sample(logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy)
+        return self._sampler.sample(
+            logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy, features=features, masks=masks
+        )
 
 
 class RigPool(BlockPool):

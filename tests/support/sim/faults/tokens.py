@@ -21,6 +21,7 @@ from gapless.plan import Ints, Plan
 from gapless.request import FinishReason
 from gapless.rows import RowState
 from gapless.sampling.base import SamplingTables
+from gapless.sampling.features import FeatureTables, StepMasks
 from support.sim.faults.inputs import changed, one_less
 from support.sim.model import MixSampler
 from support.sim.parts import Parts, RigRunner, RigScheduler
@@ -99,11 +100,21 @@ class KeyedSampler(MixSampler):
         return positions_E, tables
 
     def sample(
-        self, logits_EV: Tensor, rows_E: Tensor, positions_E: Tensor, tables: SamplingTables, *, all_greedy: bool
+        self,
+        logits_EV: Tensor,
+        rows_E: Tensor,
+        positions_E: Tensor,
+        tables: SamplingTables,
+        *,
+        all_greedy: bool,
+        features: FeatureTables | None = None,
+        masks: StepMasks | None = None,
     ) -> Tensor:
         self.steps += 1
         positions_E, tables = self.key(rows_E, positions_E, tables)
-        return super().sample(logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy)
+        return super().sample(
+            logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy, features=features, masks=masks
+        )
 
 
 class KeyedOnRow(KeyedSampler):
