@@ -74,7 +74,6 @@ class AsyncLLM:
     def _start(self, loaded: LoadedEngine) -> None:
         self.loaded = loaded
         self._engine = loaded.engine
-        self._encoder = loaded.encoder
         self._desk = _Desk(loaded)
         weakref.finalize(self, loaded.engine.request_stop)
 
@@ -102,8 +101,7 @@ class AsyncLLM:
         if output_kind not in ("cumulative", "delta", "final"):
             raise InvalidRequestError(f"output_kind must be cumulative, delta or final, not {output_kind!r}")
         self._desk.attach(asyncio.get_running_loop())
-        text, token_ids = self._encoder.encode(prompt)
-        prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+        prepared = self.loaded.prepare(prompt, sampling_params)
         return RequestStream(self, self._desk, self._desk.submit(prepared), output_kind)
 
     @property

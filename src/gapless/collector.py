@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from gapless.engine.core import EngineFailure
 from gapless.errors import EngineDeadError, InternalError
-from gapless.outcome import Committed
+from gapless.outcome import Committed, Finished
 from gapless.outputs import CompletionOutput, FinishWord, RequestOutput, Usage
 from gapless.request import FinishReason, Request
 from gapless.text.detokenize import Detokenizer
+from gapless.text.stops import StopFilter, StopStrings
 from gapless.text.tokenizer import Tokenizer
 
 _WORDS: dict[FinishReason, FinishWord] = {
@@ -43,6 +44,8 @@ class Generation:
     tokenizer: Tokenizer | None
     token_ids: list[int] = field(default_factory=list[int])
     finish_reason: FinishWord | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: int = 0
     text: str = ""
     read: int = 0  # token ids whose text is in `text`
     _detokenizer: Detokenizer | None = None
@@ -73,10 +76,20 @@ class Generation:
             request_id=str(self.request_id),
             prompt=self.prepared.prompt,
             prompt_token_ids=prompt_token_ids,
-            outputs=[CompletionOutput(0, text, token_ids, self.finish_reason)],
+            outputs=[CompletionOutput(0, text, token_ids, self.finish_reason, stop_reason=self.stop_reason)],
             finished=self.finish_reason is not None,
-            usage=Usage(len(prompt_token_ids), len(self.token_ids)),
+            usage=Usage(len(prompt_token_ids), len(self.token_ids), self.cached_tokens),
         )
+
+    def end(self, end: Finished) -> None:
+        """Nothing comes after it."""
+        params = self.prepared.request.params
+        self.finish_reason = _WORDS[end.reason]
+        self.cached_tokens = end.cached
+        if end.stop is not None:
+            self.stop_reason = params.stop[end.stop]
+        elif end.reason is FinishReason.STOP and self.token_ids[-1] in params.stop_token_ids:
+            self.stop_reason = self.token_ids[-1]
 
     def _text_of(self, new: list[int]) -> str:
         if self.tokenizer is None or self._complete:
@@ -84,10 +97,23 @@ class Generation:
         self._complete = self.finish_reason is not None
         if self._detokenizer is None:
             if self._complete and len(new) == len(self.token_ids):
-                return self.tokenizer.decode(new)
+                text, stops = self.tokenizer.decode(new), self._stops
+                return text if stops is None else stops.cut(text, include=self._includes_stop)
             self._detokenizer = self.tokenizer.stream()
+            if self._stops is not None:
+                self._detokenizer = StopFilter(self._detokenizer, self._stops, include=self._includes_stop)
         text = self._detokenizer.push(new)
         return text + self._detokenizer.flush() if self._complete else text
+
+    @property
+    def _stops(self) -> StopStrings | None:
+        stops = self.prepared.request.stops
+        assert stops is None or isinstance(stops, StopStrings)
+        return stops
+
+    @property
+    def _includes_stop(self) -> bool:
+        return self.prepared.request.params.include_stop_str_in_output
 
 
 class Collector:
@@ -131,7 +157,7 @@ class Collector:
                         f"request {end.request_id} ended with {end.generated} tokens, "
                         f"but {len(generation.token_ids)} came in"
                     )
-                generation.finish_reason = _WORDS[end.reason]
+                generation.end(end)
                 changed[end.request_id] = generation
         return list(changed.values())
 

@@ -70,7 +70,6 @@ class LLM:
     def _start(self, loaded: LoadedEngine) -> None:
         self.loaded = loaded
         self._engine = loaded.engine
-        self._encoder = loaded.encoder
         weakref.finalize(self, loaded.engine.request_stop)
         self._turns = TurnLine()
         self._unused = weakref.WeakSet[Prepared]()  # prepared here, and not drawn by a run
@@ -154,8 +153,7 @@ class LLM:
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Prepared:
         """Check one request and give it its id, for one run(). Nothing is queued. Raises InvalidRequestError."""
-        text, token_ids = self._encoder.encode(prompt)
-        prepared = Prepared(self._engine.make_request(token_ids, sampling_params or SamplingParams()), text)
+        prepared = self.loaded.prepare(prompt, sampling_params)
         self._unused.add(prepared)
         return prepared
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gapless.attention import make_attention
+from gapless.collector import Prepared
 from gapless.config import Dtype, EngineConfig, ModelConfig
 from gapless.device import Device, open_device
 from gapless.engine.build import build_engine
@@ -23,7 +24,8 @@ from gapless.engine.core import Engine
 from gapless.errors import ConfigError, OutOfMemoryError
 from gapless.models.layers import make_ops
 from gapless.models.registry import build_model
-from gapless.prompts import PromptEncoder
+from gapless.prompts import Prompt, PromptEncoder
+from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 from gapless.text.chat import ChatTemplate
 from gapless.text.tokenizer import Tokenizer
@@ -77,6 +79,16 @@ class LoadedEngine:
     @property
     def encoder(self) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, self.chat_template)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None) -> Prepared:
+        """Check a request and give it its id. Nothing is queued. Raises InvalidRequestError."""
+        params = params or SamplingParams()
+        encoder = self.encoder
+        encoded, stops = encoder.encode(prompt), encoder.stops(params)
+        request = self.engine.make_request(
+            encoded.token_ids, params, priority=encoded.priority, cache_salt=encoded.cache_salt, stops=stops
+        )
+        return Prepared(request, encoded.text)
 
     @property
     def has_chat_template(self) -> bool:

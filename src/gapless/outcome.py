@@ -14,12 +14,13 @@ from gapless.request import FinishReason
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The end of a request. `generated` counts the tokens that were emitted for it, `cached` those of its prompt whose
-    KV was found in the prefix cache."""
+    KV was found in the prefix cache. `stop`: which of its stop strings ended it, None if none did."""
 
     request_id: int
     reason: FinishReason
     generated: int
     cached: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,10 +10,14 @@ FinishWord = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request took: its prompt, and what was generated, a stop token included."""
+    """Tokens that a request took: its prompt, and what was generated, a stop token included.
+
+    cached_tokens  of the prompt, whose KV was found in the prefix cache; known at the end.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class CompletionOutput:
     text           without special tokens.
     token_ids      all generated ids, a stop token included.
     finish_reason  None while it goes on.
+    stop_reason    the stop string or the id of stop_token_ids that ended it, else None.
     logprobs       always None for now.
     """
 
@@ -31,6 +36,7 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: FinishWord | None
     logprobs: None = None
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)

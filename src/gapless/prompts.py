@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gapless.errors import InvalidRequestError
+from gapless.request import MAX_PRIORITY, SamplingParams, StopTexts
 from gapless.text.chat import ChatTemplate
 from gapless.text.messages import Message
 from gapless.text.tokenizer import Tokenizer
 
 
-class TextPrompt(TypedDict):
+class PromptOptions(TypedDict, total=False):
+    """What may stand beside a prompt.
+
+    priority    -1000 to 1000, 0 by default: the lower, the earlier a waiting request is served. A step counts as
+                1,000 arrivals, so a request is overtaken by a bounded number of later ones.
+    cache_salt  only requests with the same text here share KV blocks: one for each tenant keeps tenants apart.
+    """
+
+    priority: int
+    cache_salt: str
+
+
+class TextPrompt(PromptOptions):
     """Text as it is, without a chat template."""
 
     prompt: str
 
 
-class TokensPrompt(TypedDict):
+class TokensPrompt(PromptOptions):
     """Token ids as they are."""
 
     prompt_token_ids: Sequence[int]
 
 
-class ChatPrompt(TypedDict):
+class ChatPrompt(PromptOptions):
     """A conversation that the model's chat template turns into text."""
 
     messages: Sequence[Message]
@@ -34,6 +48,18 @@ class ChatPrompt(TypedDict):
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]] | TextPrompt | TokensPrompt | ChatPrompt
 _KEYS = ("prompt", "prompt_token_ids", "messages")
+_OPTIONS = ("priority", "cache_salt")
+MAX_SALT_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as token ids. `text` is what they come from, None where token ids were given."""
+
+    text: str | None
+    token_ids: Sequence[int] | NDArray[Any]
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
@@ -48,22 +74,28 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> TypeGuard[Prompt]:
 
 
 class PromptEncoder:
-    """Turns prompts into (text or None, token ids). Both parts may be missing: then only token ids are taken."""
+    """Turns prompts into token ids. Both parts may be missing: then only token ids are taken."""
 
     def __init__(self, tokenizer: Tokenizer | None, chat_template: ChatTemplate | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
 
-    def encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int] | NDArray[Any]]:
+    def encode(self, prompt: Prompt) -> Encoded:
         """Raises InvalidRequestError for a form that is not known, or one that this model can not take."""
         if isinstance(prompt, str):
-            return prompt, self._tokens_of(prompt)
+            return Encoded(prompt, self._tokens_of(prompt))
         if not isinstance(prompt, Mapping):
-            return None, prompt
+            return Encoded(None, prompt)
         given = cast("Mapping[str, Any]", prompt)
-        if len(given) != 1 or next(iter(given)) not in _KEYS:
-            raise InvalidRequestError(f"a prompt has exactly one of {', '.join(_KEYS)}, not {_names(given)}")
-        ((key, value),) = given.items()
+        keys = [key for key in given if key not in _OPTIONS]
+        if len(keys) != 1 or keys[0] not in _KEYS:
+            raise InvalidRequestError(
+                f"a prompt has exactly one of {', '.join(_KEYS)}, beside {' and '.join(_OPTIONS)}, not {_names(given)}"
+            )
+        text, token_ids = self._encode(keys[0], given[keys[0]])
+        return Encoded(text, token_ids, _priority(given.get("priority", 0)), _salt(given.get("cache_salt", "")))
+
+    def _encode(self, key: str, value: Any) -> tuple[str | None, Sequence[int] | NDArray[Any]]:
         if key == "messages":
             return self._chat(value)
         if key == "prompt_token_ids":
@@ -71,6 +103,14 @@ class PromptEncoder:
         if not isinstance(value, str):
             raise InvalidRequestError(f"prompt must be a string, not {type(value).__name__}")
         return value, self._tokens_of(value)
+
+    def stops(self, params: SamplingParams) -> StopTexts | None:
+        """What finds params.stop. Raises InvalidRequestError if this model has no tokenizer, or for what is no text."""
+        if not params.stop:
+            return None
+        if self.tokenizer is None:
+            raise InvalidRequestError("this model was loaded without a tokenizer: there is no text to find `stop` in")
+        return self.tokenizer.stop_strings(tuple(params.stop))
 
     def _tokens_of(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -81,6 +121,20 @@ class PromptEncoder:
         if self.tokenizer is None or self.chat_template is None:
             raise InvalidRequestError("this model was loaded without a tokenizer: give prompt_token_ids")
         return self.chat_template.encode(self.tokenizer, messages)
+
+
+def _priority(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidRequestError(f"priority must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {value!r}")
+    return value
+
+
+def _salt(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_SALT_LENGTH:
+        raise InvalidRequestError(
+            f"cache_salt must be a text of at most {MAX_SALT_LENGTH} characters, not {value!r:.99}"
+        )
+    return value
 
 
 def _names(given: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,31 @@ from numpy.typing import NDArray
 from gapless.errors import EmptyPromptError, InvalidRequestError
 
 MAX_STOP_TOKEN_IDS = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
 MAX_SEED = 2**64
 MAX_PRIORITY = 1000
 PRIORITY_ARRIVALS = 1000
 """A request may overtake so many earlier ones for each step of priority; so no later one overtakes for ever."""
 
 
+class StopTexts(Protocol):
+    """A request's stop strings, as the tokenizer that reads them made them: see text/stops.py."""
+
+    @property
+    def candidates(self) -> NDArray[np.bool_]:
+        """bool[V]: the tokens that can be the last of a stop string's."""
+        ...
+
+    def completes(self, token_ids: NDArray[np.int32]) -> int | None:
+        """Which of them the text of these tokens has since its last one, or None. Looks at the end only."""
+        ...
+
+
 class FinishReason(Enum):
     """Why a request ended. The values are the field's words, as clients expect them."""
 
-    STOP = "stop"  # an end-of-sequence or stop token was sampled
+    STOP = "stop"  # an end-of-sequence or stop token was sampled, or a stop string completed
     LENGTH = "length"  # max_tokens or the context limit was reached
     CANCELLED = "cancelled"
 
@@ -40,6 +55,9 @@ class SamplingParams:
     seed            fixes the random numbers of this request: they depend on (seed, position) and nothing else.
                     None: derived from the engine's seed and the order of arrival.
     max_tokens      the most new tokens; None: up to the context limit.
+    stop            the request ends as soon as its text has one of these strings (1 to 16 of them, each of 1 to 256
+                    characters; a single one may be given as it is). The text ends before it.
+    include_stop_str_in_output  the text ends with it.
     stop_token_ids  these token ids end the request as end-of-sequence does, even under ignore_eos.
     ignore_eos      do not stop at the model's end-of-sequence tokens.
 
@@ -53,6 +71,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = 256
+    stop: Sequence[str] = ()  # a string is one, too; a tuple of strings once it is checked
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -65,8 +85,10 @@ class SamplingParams:
             _check_integer("seed", self.seed, 0, MAX_SEED - 1)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequestError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
             raise InvalidRequestError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -98,6 +120,7 @@ class Request:
     priority    the lower, the earlier it is served.
     salt        only requests with the same one share KV blocks.
     digests     of the prompt's full KV blocks, see prefix.py; none without a prefix cache.
+    stops       of params.stop, None if there are none.
     """
 
     request_id: int
@@ -109,6 +132,7 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     digests: tuple[bytes, ...] = ()
+    stops: StopTexts | None = None
 
     @property
     def rank(self) -> int:
@@ -136,6 +160,21 @@ def prompt_array(token_ids: Sequence[int] | NDArray[Any], vocab_size: int) -> ND
             f"token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab_size - 1})"
         )
     return np.array(wide, dtype=np.int32)
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings: object = (value,) if isinstance(value, str) else value
+    if strings is None:
+        return ()
+    if not isinstance(strings, Sequence):
+        raise InvalidRequestError(f"stop must be a string or a list of strings, not {value!r}")
+    found = tuple(cast("Sequence[object]", strings))
+    if len(found) > MAX_STOPS:
+        raise InvalidRequestError(f"at most {MAX_STOPS} stop strings, not {len(found)}")
+    for each in found:
+        if not isinstance(each, str) or not 0 < len(each) <= MAX_STOP_LENGTH:
+            raise InvalidRequestError(f"a stop string has 1 to {MAX_STOP_LENGTH} characters, not {each!r:.300}")
+    return cast("tuple[str, ...]", found)
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

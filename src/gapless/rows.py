@@ -37,6 +37,7 @@ class RowTable:
     limit      length at which the request ends
     last_step  newest step that has this row, -1 for none
     rank       of its request: the lower, the earlier it is served
+    stop_line  of its stop strings in the StopTable
     """
 
     def __init__(self, rows: int, max_length: int, columns: int) -> None:
@@ -51,6 +52,7 @@ class RowTable:
         self.num_blocks = np.zeros(rows, dtype=np.int32)
         self.last_step = np.full(rows, -1, dtype=np.int64)
         self.greedy = np.ones(rows, dtype=np.bool_)
+        self.stop_line = np.zeros(rows, dtype=np.int32)
         self.stop_ids = np.full((rows, MIN_STOP_WIDTH), PLACEHOLDER, dtype=np.int32)
         # Zeroed pages are not touched before they are written, so unused context costs no memory.
         self.tokens = np.zeros((rows, max_length), dtype=np.int32)
@@ -109,6 +111,8 @@ class RowSet:
     request_ids: NDArray[np.int64]
     limits: Ints
     stop_ids: Ints
+    stop_lines: Ints
+    has_stop_strings: bool
     ones: Ints
     all_greedy: bool
 
@@ -119,6 +123,8 @@ class RowSet:
             request_ids=table.request_id[rows],
             limits=table.limit[rows],
             stop_ids=table.stop_ids[rows],
+            stop_lines=(lines := table.stop_line[rows]),
+            has_stop_strings=bool(lines.any()),
             ones=np.ones_like(rows),
             all_greedy=bool(table.greedy[rows].all()),
         )

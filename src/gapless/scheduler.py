@@ -25,6 +25,7 @@ from gapless.plan import NO_PARAMS, PLACEHOLDER, Ints, Plan, RowParams
 from gapless.prefix import extend_chain
 from gapless.request import FinishReason, Request
 from gapless.rows import RowSet, RowState, RowTable
+from gapless.stop_table import StopTable
 from gapless.waiting import SequenceState, WaitingQueue
 
 DIGESTS_PER_STEP = 2048  # of answers that have ended: about 2 ms
@@ -61,6 +62,7 @@ class Scheduler:
         self.budget = TokenBudget(limits.max_batch_tokens, limits.max_model_len)
         self._sequences: dict[int, SequenceState] = {}
         self._waiting = WaitingQueue()
+        self._stop_table = StopTable()
         self._row_owner: list[SequenceState | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._draining: dict[int, None] = {}  # rows, as an ordered set
@@ -249,6 +251,7 @@ class Scheduler:
         sequence.registered = len(shared)
         ids = self.pool.share(shared)
         self.rows.take(row, sequence.request, sequence.tokens, cached)
+        self.rows.stop_line[row] = self._stop_table.take(sequence.request.stops)
         new = self.pool.allocate(self._blocks_for(sequence.tokens.size) - ids.size)
         self.rows.add_blocks(row, np.concatenate((ids, new)))
         sequence.tokens = _EMPTY
@@ -392,16 +395,34 @@ class Scheduler:
         table.known[rows] = after
         stops = these.stop_ids == sampled[:, None]
         ended = after >= these.limits
-        if stops.any() or ended.any():
+        completed = self._complete_strings(these, rows, sampled) if these.has_stop_strings else {}
+        if stops.any() or ended.any() or completed:
             stopped = stops.any(axis=1)
+            ended[list(completed)] = True
             for index in np.flatnonzero(stopped | ended).tolist():
                 owner = self._row_owner[rows[index]]
                 assert owner is not None
-                self._finish(owner, FinishReason.STOP if stopped[index] else FinishReason.LENGTH)
+                stop = completed.get(index)
+                by_length = not stopped[index] and stop is None
+                self._finish(owner, FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
         self.stats.generated_tokens += rows.size
         self.budget.step_succeeded()
         self._retire(plan.step)
         return Committed(these.request_ids, sampled, self.take_finished())
+
+    def _complete_strings(self, these: RowSet, rows: Ints, sampled: Ints) -> dict[int, int]:
+        """Entries whose newest token completes a stop string, and which. Python looks at the few that may."""
+        found: dict[int, int] = {}
+        for index in self._stop_table.hits(these.stop_lines, sampled):
+            row = int(rows[index])
+            owner = self._row_owner[row]
+            assert owner is not None
+            assert owner.request.stops is not None
+            answer = self.rows.tokens[row, owner.request.prompt.size : self.rows.known[row]]
+            stop = owner.request.stops.completes(answer)
+            if stop is not None:
+                found[index] = stop
+        return found
 
     def _register_chunks(self, plan: Plan) -> None:
         chunks = slice(plan.num_decodes, None)
@@ -450,13 +471,13 @@ class Scheduler:
         self.budget.step_failed(failed.num_tokens)
         return Committed.without_tokens(self.take_finished())
 
-    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+    def _finish(self, sequence: SequenceState, reason: FinishReason, stop: int | None = None) -> None:
         """Report the end. The row, if there is one, is freed by retirement."""
         request, row = sequence.request, sequence.row
         del self._sequences[request.request_id]
         known = int(self.rows.known[row]) if row >= 0 else sequence.tokens.size
         generated, cached = known - request.prompt.size, max(0, sequence.cached)
-        self._finished.append(Finished(request.request_id, reason, generated, cached))
+        self._finished.append(Finished(request.request_id, reason, generated, cached, stop))
         if row >= 0:
             self._drain(row, RowState.DEAD)
 
@@ -492,6 +513,7 @@ class Scheduler:
         elif table.state[row] != RowState.DEAD:
             raise InternalError(f"row {row} was freed before its sequence ended")
         sequence.row = -1
+        self._stop_table.release(sequence.request.stops)
         del self._draining[row]
         self._row_owner[row] = None
         self.pool.release(table.block_table[row, : table.num_blocks[row]])
@@ -529,6 +551,8 @@ class Scheduler:
                 raise InternalError(f"row {row} and its sequence disagree")
             if (table.state[row] == RowState.DEAD) == (owner.request.request_id in self._sequences):
                 raise InternalError(f"row {row} outlived its request, or the other way round")
+        if self._stop_table.num_lines > len(used):
+            raise InternalError("stop strings of rows that are free are still looked for")
         if not self.has_work and (
             len(self._free_rows) != self.limits.max_rows or self.pool.num_free != self.pool.num_usable
         ):

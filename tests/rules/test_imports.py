@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each room may import of this package, and whether it may import torch. Longest prefix wins.
 BASICS = {"errors", "config", "request", "plan", "outcome"}
-POLICY = BASICS | {"blocks", "budget", "prefix", "rows", "scheduler", "waiting"}
+POLICY = BASICS | {"blocks", "budget", "prefix", "rows", "scheduler", "stop_table", "waiting"}
 ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": BASICS,
     "budget": set(),
     "prefix": BASICS,
+    "stop_table": BASICS,
     "waiting": BASICS,
     "rows": BASICS,
     "scheduler": POLICY,

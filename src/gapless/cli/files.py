@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -169,7 +169,10 @@ class ResultWriter:
                 "text": answer.text,
                 "token_ids": answer.token_ids,
                 "finish_reason": answer.finish_reason,
-                "usage": asdict(output.usage),
+                "usage": {  # not what the prefix cache had: a resumed run would say something else
+                    "prompt_tokens": output.usage.prompt_tokens,
+                    "completion_tokens": output.usage.completion_tokens,
+                },
             }
         )
 

@@ -45,6 +45,7 @@ def generate(
     min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
     max_tokens: options.MaxTokens = 256,
+    stop: options.Stop = None,
     stop_token_id: options.StopTokenIds = None,
     ignore_eos: options.IgnoreEos = False,
     lookahead: options.Lookahead = 1,
@@ -54,6 +55,7 @@ def generate(
     kv_cache_memory: options.KVCacheMemory = None,
     num_blocks: options.NumBlocks = None,
     block_size: options.BlockSize = 16,
+    prefix_cache: options.PrefixCache = True,
     graphs: options.Graphs = True,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -63,7 +65,8 @@ def generate(
 ) -> None:
     """Answer prompts: gapless generate "Why is the sky blue?"
 
-    A line of --input has `prompt`, `prompt_token_ids` or `messages`, and may have an `id` and any sampling option:
+    A line of --input has `prompt`, `prompt_token_ids` or `messages`, and may have an `id`, `priority`, `cache_salt` and
+    any sampling option:
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
     A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. The index
@@ -84,6 +87,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         max_tokens=max_tokens,
+        stop=tuple(stop or ()),
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
     )
@@ -95,6 +99,7 @@ def generate(
         kv_cache_memory=kv_cache_memory,
         num_blocks=num_blocks,
         block_size=block_size,
+        prefix_cache=prefix_cache,
         graphs=graphs,
         dtype=dtype,
         device=device,

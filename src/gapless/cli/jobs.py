@@ -15,6 +15,7 @@ from gapless.errors import InvalidRequestError
 from gapless.request import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+OPTION_KEYS = ("priority", "cache_salt")
 SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 MAX_LINE_BYTES = 64 * 2**20
 _READ_AHEAD = 256
@@ -60,18 +61,17 @@ def parse_line(data: bytes, defaults: SamplingParams) -> tuple[Job, object]:
 
 
 def _job(fields: dict[str, Any], defaults: SamplingParams) -> Job:
-    known = (*PROMPT_KEYS, *SAMPLING_KEYS)
+    known = (*PROMPT_KEYS, *OPTION_KEYS, *SAMPLING_KEYS)
     for key in fields:
         if key not in known:
-            if key == "stop":
-                raise InvalidRequestError("stop strings are not supported yet; stop_token_ids takes token ids")
             close = difflib.get_close_matches(key, (*known, "id"), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are id, {', '.join(known)}"
             raise InvalidRequestError(f"unknown key {key!r}; {hint}")
     prompts = {key: fields.pop(key) for key in PROMPT_KEYS if key in fields}
     if len(prompts) != 1:
         raise InvalidRequestError(f"a line has exactly one of {', '.join(PROMPT_KEYS)}, not {len(prompts)} of them")
-    return Job(prompts, dataclasses.replace(defaults, **fields))
+    options = {key: fields.pop(key) for key in OPTION_KEYS if key in fields}
+    return Job({**prompts, **options}, dataclasses.replace(defaults, **fields))
 
 
 class BadLineError(InvalidRequestError):

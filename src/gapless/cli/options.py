@@ -65,6 +65,7 @@ TopP = Annotated[float, _option("--top-p", "Keep the likeliest tokens that make 
 MinP = Annotated[float, _option("--min-p", "Drop tokens less likely than this share of the likeliest.", _SAMPLING)]
 Seed = Annotated[int, _option("--seed", "The same number gives the same answers; another gives others.", _SAMPLING)]
 MaxTokens = Annotated[int, _option("--max-tokens -n", "The most new tokens per answer.", _SAMPLING)]
+Stop = Annotated[list[str] | None, _option("--stop", "End an answer before this text. May be repeated.", _SAMPLING)]
 StopTokenIds = Annotated[
     list[int] | None, _option("--stop-token-id", "Also stop at this token id. May be repeated.", _SAMPLING)
 ]
@@ -86,6 +87,9 @@ NumBlocks = Annotated[
     int | None, _size("--num-blocks", "KV blocks, as 500 or 16K, instead of --kv-cache-memory.", _ENGINE)
 ]
 BlockSize = Annotated[int, _option("--block-size", "Tokens in a KV block.", _ENGINE)]
+PrefixCache = Annotated[
+    bool, _option("--prefix-cache/--no-prefix-cache", "Compute equal beginnings of prompts once.", _ENGINE)
+]
 Graphs = Annotated[bool, _option("--graphs/--no-graphs", "Capture CUDA graphs of steps.", _ENGINE)]
 Dtype = Annotated[str | None, _option("--dtype", "float32, bfloat16 or float16.", _ENGINE)]
 Device = Annotated[str | None, _option("--device", "cpu, cuda or cuda:N.", _ENGINE)]

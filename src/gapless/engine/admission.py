@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapless.config import SchedulerLimits
-from gapless.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from gapless.errors import InternalError, InvalidRequestError, PromptTooLongError, RequestTooLargeError
 from gapless.prefix import chain_of
-from gapless.request import Request, SamplingParams, prompt_array
+from gapless.request import Request, SamplingParams, StopTexts, prompt_array
 
 _MASK_64 = 2**64 - 1
 
@@ -44,11 +44,16 @@ class Admission:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        stops: StopTexts | None = None,
     ) -> Request:
         """Check a request and give it an id. Nothing is queued. priority and cache_salt: see prompts.py.
 
+        stops  what a tokenizer makes of params.stop; without it these strings can not be found.
+
         Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
         """
+        if bool(params.stop) != (stops is not None):
+            raise InternalError("a request has stop strings, and nothing that finds them, or the other way round")
         prompt = prompt_array(prompt_token_ids, self.model.vocab_size)
         max_length = self._max_length(prompt.size, params.max_tokens)
         for token in params.stop_token_ids:
@@ -71,6 +76,7 @@ class Admission:
             priority=priority,
             salt=salt,
             digests=chain_of(prompt, self.limits.block_size, salt) if self.limits.prefix_cache else (),
+            stops=stops,
         )
 
     def _max_length(self, prompt_size: int, max_tokens: int | None) -> int:

@@ -20,7 +20,7 @@ from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
 from gapless.errors import ConfigError, EngineDeadError
 from gapless.outcome import Committed
-from gapless.request import Request, SamplingParams
+from gapless.request import Request, SamplingParams, StopTexts
 from gapless.scheduler import SchedulerStats
 
 RUINED = "The GPU can not be used by this process any more: start the process again"
@@ -90,9 +90,19 @@ class Engine:
 
     # ------------------------------------------------------------ any thread
 
-    def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
+    def make_request(
+        self,
+        prompt_token_ids: Sequence[int] | NDArray[Any],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        stops: StopTexts | None = None,
+    ) -> Request:
         """Check a request and give it an id; see Admission.make_request. Nothing is queued."""
-        return self.admission.make_request(prompt_token_ids, params)
+        return self.admission.make_request(
+            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, stops=stops
+        )
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests made by make_request, in this order. Raises EngineDeadError."""
