@@ -88,13 +88,13 @@ class BlockPool:
             found.append(block)
         return found
 
-    def estimate_owned(self, digests: Sequence[bytes]) -> int:
-        """About how many of the blocks that `find` gives have an owner, in a few look-ups.
+    def estimate_owned(self, digests: Sequence[bytes], count: int | None = None) -> int:
+        """About how many of the blocks that `find` gives for the first `count`, or all, have an owner. Quick.
 
         Exact if no earlier block was evicted and none is idle before one that is owned: the rule, since who has a
         block has those before it.
         """
-        low, high = 0, len(digests)
+        low, high = 0, len(digests) if count is None else count
         while low < high:
             middle = (low + high) // 2
             block = self._by_digest.get(digests[middle])
@@ -133,7 +133,7 @@ class BlockPool:
                 self._kept[block] = True
 
     def forget_all(self) -> None:
-        """Let no block be found any more: what they hold is not what the model would write now."""
+        """Let no block be found any more. Rows that run on after it would register what they have from before."""
         idle = np.fromiter(self._idle, dtype=np.int32, count=len(self._idle))
         self._stack[self._empty : self._empty + idle.size] = idle
         self._empty += idle.size

@@ -155,7 +155,8 @@ class SchedulerLimits:
     @property
     def max_block_updates(self) -> int:
         """Most block table entries that one step can change: a block for each decoding row, and the whole prompts of
-        the admitted ones, of which all but the last fit in the token budget."""
+        the admitted ones, of which all but the last fit in the token budget. Where most of them is shared, fewer are
+        admitted in a step than the budget has room for."""
         return 2 * self.max_rows + self.max_batch_tokens // self.block_size + self.block_columns
 
 

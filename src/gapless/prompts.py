@@ -134,6 +134,10 @@ def _salt(value: Any) -> str:
         raise InvalidRequestError(
             f"cache_salt must be a text of at most {MAX_SALT_LENGTH} characters, not {value!r:.99}"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError("cache_salt has half of a surrogate pair and is not valid Unicode") from None
     return value
 
 

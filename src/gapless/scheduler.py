@@ -231,10 +231,10 @@ class Scheduler:
         A last token at least is left to compute. Those that wait for room are looked at in every step, so this looks
         first, in a few look-ups, whether it can fit: shared blocks without an owner take room, too.
         """
-        digests = sequence.digests[: (sequence.tokens.size - 1) // self.limits.block_size]
-        if needed - self.pool.estimate_owned(digests) > room:
+        count = min(len(sequence.digests), (sequence.tokens.size - 1) // self.limits.block_size)
+        if needed - self.pool.estimate_owned(sequence.digests, count) > room:
             return None
-        found = self.pool.find(digests)
+        found = self.pool.find(sequence.digests[:count])
         taken = needed - len(found) + self.pool.count_idle(found)
         return found if taken <= room else None
 
@@ -448,10 +448,13 @@ class Scheduler:
         Not block by block along the way, which would cost every step. Where very many rows end at once, some are not
         registered: nobody is kept waiting for a cache.
         """
-        known, size = int(self.rows.known[row]), self.limits.block_size
-        if known > self.rows.taken[row] and self._digests_left > 0:
-            self._digests_left -= known // size
-            self._register(row, (known - 1) // size)
+        known, sequence = int(self.rows.known[row]), self._row_owner[row]
+        assert sequence is not None
+        new = (known - 1) // self.limits.block_size - sequence.registered
+        if known > self.rows.taken[row] and new > 0:
+            new = min(new, self._digests_left)
+            self._digests_left -= new
+            self._register(row, sequence.registered + new)
 
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
         """Retire all steps in flight without tokens: the oldest ran out of memory, and the others were skipped.

@@ -81,7 +81,7 @@ def test_the_step_that_is_measured_is_one_that_can_be(rows: int, tokens: int):
     assert [count == 1 for count in counts] == [True] * decodes + [False] * (len(counts) - decodes)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 64), (16, 64), (17, 64), (300, 300), (1024, 8192)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 64), (16, 64), (17, 64), (60, 120), (300, 300), (1024, 8192)])
 def test_a_slot_holds_every_captured_step_and_every_other(rows: int, tokens: int):
     limits = SchedulerLimits(max_rows=rows, max_batch_tokens=tokens, max_model_len=4096, block_size=1024, num_blocks=9)
     graphs = GraphTable((rows,), mixed_shapes(rows, tokens, limits.max_block_updates))

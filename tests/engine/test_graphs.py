@@ -115,6 +115,14 @@ def test_a_step_that_no_shape_holds_has_its_decodes_padded_as_if_one_did():
     assert GraphTable((4,)).pad_decodes(exact) == exact
 
 
+def test_decodes_alone_that_no_bucket_holds_are_not_padded():
+    """They are laid out in another way, and may go on where they are."""
+    table = GraphTable((2,), [mixed_shape(4, 8, 4, 9, 5)])
+    exact = StepShape.of(mixed_plan(3, [], updates=1))
+    assert exact.decodes_only
+    assert table.pad_decodes(exact) == exact
+
+
 def filled(plan: Plan, shape: StepShape, scratch_row: int = 9) -> tuple[torch.Tensor, StepInputs]:
     packed = np.full(sections_of(shape).total, 555, dtype=np.int32)
     tokens_RL = np.arange(1000, dtype=np.int32).reshape(10, 100)

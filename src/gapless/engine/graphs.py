@@ -83,12 +83,14 @@ class GraphTable:
         return next((shape for shape in self.mixed if _holds(shape, exact)), None)
 
     def pad_decodes(self, exact: StepShape) -> StepShape:
-        """What a step of this shape runs in if no graph holds it: with as many decodes as one that does.
+        """What a step that reads prompts runs in if no graph holds it: with as many decodes as one that does.
 
         Some kernels are compiled for the number of decodes, up to a power of two, and a running engine has no time.
         """
+        if exact.decodes_only or not exact.decodes:
+            return exact  # decodes alone are laid out in another way
         places = [shape.decodes for shape in self.mixed if shape.decodes >= exact.decodes]
-        return exact.with_places(min(places)) if places and exact.decodes else exact
+        return exact.with_places(min(places)) if places else exact
 
     def get(self, shape: StepShape, slot: Slot) -> Graph | None:
         return self._graphs.get((shape, slot.index))

@@ -36,6 +36,7 @@ from gapless.kernels.online_softmax import LOG2_E
 from gapless.kernels.paged_decode import MERGED_BY_LAST, merge_step
 
 COLUMNS = gl.constexpr(64)  # of a box: 128 bytes, the widest swizzle
+MAX_ENTRIES = 2048  # each program looks through all of them
 ROWS = gl.constexpr(16)  # of query heads, the fewest that a product takes
 
 _RENAMED = gl.constexpr(hasattr(gl, "barrier"))  # what has other names in Triton 3.6
@@ -320,7 +321,7 @@ def runs(q_END: Tensor, out_END: Tensor, kv: LayerKV, batch: AttentionBatch, mul
     entries, num_heads = out_END.shape[:2]
     tiles = decode_tiles(head_dim, entries * num_kv_heads, multiprocessors)
     wanted = _wanted(entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
-    fits = wanted <= MERGED_BY_LAST * entries and num_heads // num_kv_heads <= ROWS.value
+    fits = wanted <= MERGED_BY_LAST * entries and entries <= MAX_ENTRIES and num_heads // num_kv_heads <= ROWS.value
     halves = q_END.dtype in (torch.bfloat16, torch.float16) and q_END.dtype == kv.k_BKSD.dtype
     aligned = q_END.stride(0) % 8 == 0 and q_END.stride(1) == head_dim and q_END.data_ptr() % 16 == 0
     return q_END.is_cuda and fits and halves and aligned and nvidia_arch() == 90  # tried nowhere else
