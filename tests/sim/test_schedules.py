@@ -15,6 +15,7 @@ from gapless.request import FinishReason
 from gapless.sampling.torch_sampler import TorchSampler
 from support.hash_model import HashModel
 from support.sim.model import answer
+from support.sim.owners import Shared
 from support.sim.parts import Parts
 from support.sim.race import replay_command
 from support.sim.rig import Result, run
@@ -24,6 +25,7 @@ CHUNKS, CHUNK = 40, 50
 COVERAGE_SEEDS = 400
 ALONE_SEEDS = 120
 AUDIT_SEEDS = 60
+USES = ("whole", "in part", "answer", "prompt")
 BOUNDARIES = ("planned", "launch", "launched", "collect", "commit", "committed", "published", "between steps")
 
 
@@ -60,13 +62,19 @@ def test_the_schedules_meet_everything_that_they_are_there_for():
         met["ends by stop"] += reasons[FinishReason.STOP]
         met["cancels"] += reasons[FinishReason.CANCELLED]
         met["preemptions"] += result.preemptions
+        adds = [move for move in schedule.moves if move.kind == "add"]
+        met["priorities"] += any(move.priority for move in adds)
+        met["salts"] += len({move.salt for move in adds}) > 1
+        met.update(f"shared by {who} {what}" for each in result.shared for who, what in uses_of(each))
         met["exhaustion"] += result.exhausted
         met["overshoot"] += result.overshoot
         met.update(f"out of memory {place}" for place in result.device.failed_at)
         met.update(f"cancel at {name}" for name in cancelled_at(result) if name in BOUNDARIES)
     wanted = {f"lookahead {ahead}" for ahead in range(5)} | {f"cancel at {name}" for name in BOUNDARIES}
     wanted |= {f"out of memory {place}" for place in SHORTAGES}
-    assert wanted <= set(met)
+    wanted |= {f"shared by {who} {what}" for who in ("a new one:", "a preempted one:") for what in USES}
+    assert wanted <= set(met), wanted - set(met)
+    assert met["shared by a new one: whole"] > COVERAGE_SEEDS // 5
     assert min(met.values()) > 3, met
 
 
@@ -76,6 +84,12 @@ def test_prompts_have_any_length_and_answers_any_or_no_limit():
     lengths = {(limit, len(move.prompt)) for limit, move in adds}
     assert lengths == {(limit, length) for limit in (12, 24, 40) for length in range(1, limit)}
     assert {move.params.max_tokens for _, move in adds} == {None, *range(1, 41)}
+
+
+def uses_of(shared: Shared) -> list[tuple[str, str]]:
+    """Who shares, and what."""
+    who = "a preempted one:" if shared.again else "a new one:"
+    return [(who, "whole" if shared.whole else "in part"), (who, "answer" if shared.answer else "prompt")]
 
 
 def cancelled_at(result: Result) -> set[str]:

@@ -35,6 +35,7 @@ class Harness:
         self.admission = Admission(limits, ModelFacts(self.model.vocab_size, self.model.eos_token_ids), config.seed)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.finished: dict[int, Finished] = {}
+        self.ranks: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -42,9 +43,10 @@ class Harness:
     def __exit__(self, *_: object) -> None:
         self.loop.close()
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        request = self.admission.make_request(prompt, params)
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: str = "") -> Request:
+        request = self.admission.make_request(prompt, params, priority=priority, cache_salt=salt)
         self.scheduler.add(request)
+        self.ranks[request.request_id] = request.rank
         return request
 
     def cancel(self, request_id: int) -> None:
@@ -52,9 +54,9 @@ class Harness:
         self._book_ends(self.scheduler.take_finished())
 
     def step(self) -> None:
-        """One turn of the loop, which admits in order of arrival and never preempts the oldest."""
-        table, rowless = self.scheduler.rows, self.scheduler.requests_without_row()
-        oldest = int(np.where(table.state == RowState.RUNNING, table.request_id, 2**62).argmin())
+        """One turn of the loop, which admits in order of rank and never preempts the first in it."""
+        table, rowless, rank = self.scheduler.rows, self.scheduler.requests_without_row(), self.ranks.__getitem__
+        oldest = int(np.where(table.state == RowState.RUNNING, table.rank, 2**62).argmin())
         was_running, failed = table.state[oldest] == RowState.RUNNING, self.scheduler.stats.failed_steps
         self.loop.step()
         self.loop.check_integrity()
@@ -63,7 +65,8 @@ class Harness:
         admitted = rowless - left - set(self.finished)
         left |= set(table.request_id[table.state == RowState.PREEMPTED].tolist())
         if self.scheduler.stats.failed_steps == failed:  # or requests lost their rows after others were admitted
-            assert not admitted or not left or max(admitted) < min(left), "admitted out of turn"
+            in_turn = not admitted or not left or max(map(rank, admitted)) < min(map(rank, left))
+            assert in_turn, "admitted out of turn"
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left; every count must be back where it began."""

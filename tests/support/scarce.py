@@ -65,7 +65,7 @@ class WatchedScheduler(Scheduler):
         self.sizes: list[int] = []
 
     def plan(self) -> Plan | None:
-        oldest = int(np.where(self.rows.state == RowState.RUNNING, self.rows.request_id, 2**62).argmin())
+        oldest = int(np.where(self.rows.state == RowState.RUNNING, self.rows.rank, 2**62).argmin())
         runs = self.rows.state[oldest] == RowState.RUNNING
         plan = super().plan()
         if plan is not None:

@@ -11,7 +11,9 @@ from gapless.device.base import Device
 from gapless.request import FinishReason, Request
 from support.harness import Harness
 from support.hash_model import VOCAB, expected_tokens
-from support.sim.schedule import random_params
+from support.sim.schedule import PRIORITIES, SALTS, random_params
+
+MAX_LENGTH = 48
 
 
 def tiny_config(lookahead: int, rng: random.Random) -> EngineConfig:
@@ -23,7 +25,7 @@ def tiny_config(lookahead: int, rng: random.Random) -> EngineConfig:
         max_batch_tokens=rows + rng.choice([0, 1, 3, 20]),
         block_size=rng.choice([1, 2, 4]),
         num_blocks=rng.choice([48, 64, 100]),
-        max_model_len=48,
+        max_model_len=MAX_LENGTH,
         device="cpu",
         seed=7,
     )
@@ -37,7 +39,7 @@ def alone(request: Request, block_size: int) -> list[int]:
         max_batch_tokens=64,
         block_size=block_size,
         num_blocks=64,
-        max_model_len=48,
+        max_model_len=MAX_LENGTH,
         device="cpu",
     )
     with Harness(config) as engine:
@@ -55,6 +57,18 @@ class Schedule:
     preemptions: int = 0
 
 
+def shared_prompt(rng: random.Random, earlier: list[Request], engine: Harness) -> tuple[list[int], str]:
+    """A prompt and its salt. Half of them begin like an earlier prompt, and go on like its answer, as far as it is."""
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 15, 30]))]
+    if not earlier or rng.random() < 0.5:
+        return prompt, rng.choice(SALTS)
+    other = rng.choice(earlier)
+    tokens = [*other.prompt.tolist(), *engine.tokens[other.request_id]]
+    begin = tokens[: rng.choice([len(tokens), rng.randrange(1, len(tokens) + 1)])]
+    most = rng.randrange(min(len(begin), MAX_LENGTH - 1), MAX_LENGTH)
+    return [*begin, *prompt][:most], other.salt.decode()
+
+
 def run_schedule(
     seed: int,
     lookahead: int,
@@ -69,8 +83,9 @@ def run_schedule(
         left = rng.randrange(3, 12)
         while left or engine.loop.has_work:
             if left and (rng.random() < 0.4 or not engine.loop.has_work):
-                prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 15, 30]))]
-                schedule.requests.append(engine.add(prompt, random_params(rng)))
+                prompt, salt = shared_prompt(rng, schedule.requests, engine)
+                request = engine.add(prompt, random_params(rng), priority=rng.choice(PRIORITIES), salt=salt)
+                schedule.requests.append(request)
                 left -= 1
             if schedule.requests and rng.random() < 0.05:
                 victim = rng.choice(schedule.requests).request_id

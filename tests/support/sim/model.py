@@ -7,6 +7,8 @@ another request changes the token, which real sampling would often hide.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +17,13 @@ from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.config import SchedulerLimits
+from gapless.request import SamplingParams
 from gapless.sampling.base import SamplingTables
 from gapless.sampling.features import FeatureTables, StepMasks
 from support.hash_model import EOS, MISPLACED, NOT_COMPUTED, VOCAB, HashModel, position_weights, scores
-from support.sim.schedule import Move
+
+if TYPE_CHECKING:
+    from support.sim.schedule import Move
 
 _PRIME = 2_147_483_629
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -111,9 +116,9 @@ class MixSampler:
         return torch.from_numpy(drawn_E.astype(np.int32))
 
 
-def stops_of(move: Move) -> set[int]:
-    """The tokens that end the request which this move adds."""
-    return {*move.params.stop_token_ids, *(() if move.params.ignore_eos else (EOS,))}
+def stops_of(params: SamplingParams) -> set[int]:
+    """The tokens that end a request."""
+    return {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
 
 
 def answer(move: Move, limits: SchedulerLimits) -> list[int]:
@@ -121,10 +126,15 @@ def answer(move: Move, limits: SchedulerLimits) -> list[int]:
 
     A request that draws random numbers must bring its seed.
     """
-    params, prompt = move.params, np.asarray(move.prompt, dtype=np.int64)
+    return list(continuation(move.prompt, move.params, limits.max_model_len))
+
+
+@lru_cache(maxsize=20_000)
+def continuation(prompt_tokens: tuple[int, ...], params: SamplingParams, max_length: int) -> tuple[int, ...]:
+    """The answer to a prompt where the context ends at `max_length`."""
+    prompt = np.asarray(prompt_tokens, dtype=np.int64)
     floats = np.asarray([params.temperature, params.top_p, params.min_p], dtype=np.float32).view(np.int32)
-    stops = stops_of(move)
-    end = limits.max_model_len
+    stops, end = stops_of(params), max_length
     if params.max_tokens is not None:
         end = min(end, prompt.size + params.max_tokens)
     total = int(((prompt + 1) * _WEIGHTS[: prompt.size] % _PRIME).sum() % _PRIME)
@@ -140,4 +150,4 @@ def answer(move: Move, limits: SchedulerLimits) -> list[int]:
         if token in stops:
             break
         total = (total + (token + 1) * int(_WEIGHTS[position])) % _PRIME
-    return tokens
+    return tuple(tokens)

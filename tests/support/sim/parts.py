@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ from gapless.rows import RowState, RowTable
 from gapless.sampling.base import Sampler, SamplingTables
 from gapless.sampling.features import FeatureTables, StepMasks
 from gapless.scheduler import Scheduler
+from gapless.waiting import SequenceState
+from support.sim.findings import Broken
 from support.sim.model import MixSampler, NumpyHashModel, answer
 from support.sim.schedule import Move, Shortage
 
@@ -42,33 +44,7 @@ if TYPE_CHECKING:
 
 POISON_TOKEN = -1_163_005_939
 
-Finding = Literal["race", "tokens", "books", "liveness", "error"]
 Fill = Callable[[Plan, Ints, Ints, StepShape, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """What was broken, by which of the checks."""
-
-    finding: Finding
-    text: str
-
-    @property
-    def kind(self) -> str:
-        """The finding, and the class of an error."""
-        begins = self.text.split(":")[0]
-        return f"{self.finding}: {begins}" if begins.endswith("Error") else self.finding
-
-    def __str__(self) -> str:
-        return f"{self.finding}: {self.text}"
-
-
-class Broken(Exception):  # noqa: N818 - not an error of the program
-    """Ends a run at its first violation."""
-
-    def __init__(self, finding: Finding, text: str) -> None:
-        super().__init__(f"{finding}: {text}")
-        self.violation = Violation(finding, text)
 
 
 @dataclass(slots=True)
@@ -97,6 +73,7 @@ class RigDevice(SimDevice):
         self.shortages: dict[int, Shortage] = {}  # by step, still to come
         self.failed_at: list[Shortage] = []
         self._watched: dict[int, _Watched] = {}  # by address
+        self.pool: RigPool | None = None  # none before start-up is over
 
     def watch(self, buffers: dict[str, Tensor]) -> None:
         """From now on, only queued work and `poison` may change these."""
@@ -138,8 +115,16 @@ class RigDevice(SimDevice):
         assert self._running is not None
         stream = self._running[0].name
         self.reach(f"before {stream}")
-        super().run_checked(work, accesses)
+        super().run_checked(work, accesses if accesses is tuple else lambda: self._check_writes(accesses()))
         self.reach(f"after {stream}")
+
+    def _check_writes(self, accesses: Iterable[Access]) -> Iterable[Access]:
+        """Streams run in order, so that no race tells of a step that writes what another row reads."""
+        for access in accesses:
+            if self.pool is not None and access.write and access.name == "keys 0":
+                assert access.units is not None
+                self.pool.check_writes(access.units)
+            yield access
 
     def reach(self, place: str) -> None:
         """The work in hand has come to this place: it raises if its step has no memory there."""
@@ -175,7 +160,7 @@ class RigSampler:
 
 
 class RigPool(BlockPool):
-    """Fills KV blocks that hold nothing any more with rubbish."""
+    """Fills KV blocks that hold nothing any more with rubbish, and knows which may be written."""
 
     rig: Rig
 
@@ -187,6 +172,12 @@ class RigPool(BlockPool):
         begin = self._empty
         super()._evict(count)
         self.rig.poison_blocks(self._stack[begin : self._empty])
+
+    def check_writes(self, ids: NDArray[np.integer]) -> None:
+        """Nobody writes to what several have or anybody may find."""
+        shared = ids[(self._references[ids] > 1) | self._kept[ids]]
+        if shared.size:
+            raise Broken("books", f"a step writes to shared KV blocks {np.unique(shared).tolist()}")
 
 
 class RigRows(RowTable):
@@ -218,7 +209,7 @@ class RigScheduler(Scheduler):
     def plan(self) -> Plan | None:
         table, rowless = self.rows, self.requests_without_row()
         running = table.state == RowState.RUNNING
-        oldest = int(table.request_id[running].min()) if running.any() else None
+        oldest = self.rig.owners.first(table.request_id[running].tolist()) if running.any() else None
         computed, pending = table.computed.copy(), np.where(running, table.length - table.computed, 0)
         preemptions, self._planning = self.stats.preemptions, True
         try:
@@ -229,8 +220,9 @@ class RigScheduler(Scheduler):
         if self.stats.preemptions == preemptions:
             self._check_chunks(computed, pending)
         if plan is not None:
-            self._check_plan(plan)
             self._count_fed(plan)
+            self._check_plan(plan)
+            self.rig.owners.book(plan, table.request_id.tolist())
             self.rig.boundary("planned", plan.step)
         return plan
 
@@ -243,6 +235,10 @@ class RigScheduler(Scheduler):
                 if start % self.limits.block_size or start >= self.rows.known[row]:
                     raise Broken("books", f"request {request_id} begins at token {start}")
             self._fed[request_id] = start + count
+
+    def _take_row(self, sequence: SequenceState, shared: list[int]) -> int:
+        self.rig.owners.check_shared(sequence.request.request_id, sequence.tokens.size, shared)
+        return super()._take_row(sequence, shared)
 
     def _plan_decodes(self) -> tuple[Ints, Ints]:
         """Rows sit out only if they need a block, and those of rows that drain cover it."""
@@ -271,20 +267,25 @@ class RigScheduler(Scheduler):
             raise Broken("books", f"{plan.block_ids_U.size} block updates do not fit into a slot")
 
     def _check_order(self, oldest: int | None, rowless: set[int]) -> None:
-        """First come, first served, and the oldest is never preempted for blocks."""
-        table, left = self.rows, self.requests_without_row()
+        """First come, first served, but for priorities; and the oldest is never preempted for blocks."""
+        owners, table, left = self.rig.owners, self.rows, self.requests_without_row()
         admitted = rowless - left
         left |= set(table.request_id[table.state == RowState.PREEMPTED].tolist())
         if oldest in left:
             raise Broken("liveness", "the oldest running request was preempted")
-        if admitted and left and max(admitted) > min(left):
-            raise Broken("liveness", f"request {max(admitted)} was admitted before {min(left)}")
+        if (
+            admitted
+            and left
+            and owners.ranks[last := owners.last(admitted)] > owners.ranks[first := owners.first(left)]
+        ):
+            raise Broken("liveness", f"request {last} was admitted before {first}")
 
     def _check_chunks(self, computed: Ints, pending: Ints) -> None:
         """The oldest prompt goes on whenever the budget leaves room beside the rows that decode."""
         prompts = np.flatnonzero(pending > 1)
         if prompts.size and self.budget.tokens > np.count_nonzero(pending == 1):
-            row = prompts[self.rows.request_id[prompts].argmin()]
+            first = self.rig.owners.first(self.rows.request_id[prompts].tolist())
+            row = prompts[self.rows.request_id[prompts] == first][0]
             if self.rows.computed[row] <= computed[row]:
                 raise Broken("liveness", f"the prompt of request {self.rows.request_id[row]} does not go on")
 
@@ -301,7 +302,7 @@ class RigScheduler(Scheduler):
         wanted = np.count_nonzero(running & (table.length - table.computed == 1) & full)
         if wanted <= self.pool.num_free + self._blocks_coming():
             raise Broken("liveness", f"request {table.request_id[row]} was preempted, and there are blocks enough")
-        if table.request_id[row] < table.request_id[running].max():
+        if table.request_id[row] != self.rig.owners.last(table.request_id[running].tolist()):
             raise Broken("liveness", f"request {table.request_id[row]} was preempted before a younger one")
 
     def commit(self, plan: Plan, sampled: Ints) -> Committed:

@@ -264,7 +264,8 @@ def describe(schedule: Schedule, result: Result, last: int | None = None) -> str
 
 def _what(move: Move) -> str:
     if move.kind == "add":
-        return f"add a prompt of {len(move.prompt)}, {move.params}"
+        more = [f"{name} {value!r}, " for name in ("priority", "salt", "arrivals") if (value := getattr(move, name))]
+        return f"add a prompt of {len(move.prompt)}, {''.join(more)}{move.params}"
     return f"a step runs out of memory {move.where}" if move.kind == "exhaust" else f"{move.kind} request {move.target}"
 
 

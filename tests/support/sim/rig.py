@@ -22,8 +22,10 @@ from gapless.outcome import Committed, Finished
 from gapless.plan import Plan
 from gapless.request import FinishReason, Request
 from gapless.rows import RowState
+from support.sim.findings import Broken, Violation
 from support.sim.model import stops_of
-from support.sim.parts import Broken, Parts, RigDevice, RigSampler, Violation
+from support.sim.owners import Owners, Shared
+from support.sim.parts import Parts, RigDevice, RigSampler
 from support.sim.schedule import Move, Schedule, Shortage
 
 
@@ -42,6 +44,7 @@ class Result:
     overshoot: int = 0
     failed_steps: int = 0
     most_placeholders: int = 0
+    shared: list[Shared] = field(default_factory=list[Shared])
 
 
 class Rig:
@@ -53,8 +56,8 @@ class Rig:
         order = RandomOrder(schedule.order_seed, schedule.eagerness)
         audit = parts.audit or schedule.audit
         self.device = device = parts.device(order, parts, captures_graphs=schedule.graphs, audit=audit)
-        self.requests: list[Request] = []  # their ids count from 0
-        self.adds: list[Move] = []  # that asked for them
+        self.requests: list[Request] = []  # their ids count all arrivals, from 0
+        self.owners = Owners(schedule.limits, parts.expected)
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, Finished] = {}
         self.ended: set[int] = set()  # requests whose end the engine has told, read or not
@@ -62,7 +65,7 @@ class Rig:
         self.steps = 0
         self._shortage: list[Shortage] = []
         self._moves = deque(schedule.moves)
-        self._points = 0
+        self._points = self._arrivals = 0
         self._unread: deque[Committed] = deque()
         limits = schedule.limits
         model, cpu = parts.model(), torch.device("cpu")
@@ -78,6 +81,7 @@ class Rig:
         if schedule.graphs:
             graphs.capture(slots.slots, capturer(runner, limits))
         self.scheduler = parts.scheduler(limits, self)
+        device.pool = self.scheduler.pool
         device.run_now(lambda: None, runner.compute)
         self.loop = parts.loop(self.scheduler, slots, runner, self._publish, schedule.lookahead)
         device.watch(self._device_memory())
@@ -129,6 +133,7 @@ class Rig:
             stats.overshoot_rows,
             stats.failed_steps,
             self._most_placeholders,
+            self.owners.shared,
         )
 
     def _run(self) -> None:
@@ -201,11 +206,15 @@ class Rig:
                 raise Broken("books", f"request {request_id} runs on after its preemption")
 
     def _add(self, move: Move) -> None:
-        request = self.admission.make_request(move.prompt, move.params)
-        if request.request_id != len(self.requests):
-            raise Broken("books", f"request {len(self.requests)} got the id {request.request_id}")
+        for _ in range(move.arrivals):
+            next(self.admission._ids)  # pyright: ignore[reportPrivateUsage]
+        self._arrivals += move.arrivals
+        request = self.admission.make_request(move.prompt, move.params, priority=move.priority, cache_salt=move.salt)
+        if request.request_id != self._arrivals:
+            raise Broken("books", f"request {self._arrivals} got the id {request.request_id}")
+        self._arrivals += 1
         self.requests.append(request)
-        self.adds.append(move)
+        self.owners.add(request.request_id, move)
         self.tokens[request.request_id] = []
         self.scheduler.add(request)
         self.device.moment(f"add request {request.request_id}")
@@ -253,7 +262,7 @@ class Rig:
 
     def _check_request(self, end: Finished) -> None:
         """The oracle: exactly what it gets alone, or a beginning of that if it was cancelled."""
-        got, move, name = self.tokens[end.request_id], self.adds[end.request_id], f"request {end.request_id}"
+        got, move, name = self.tokens[end.request_id], self.owners.moves[end.request_id], f"request {end.request_id}"
         want = self.parts.expected(move, self.schedule.limits) if self.parts.expected else got
         if end.generated != len(got):
             raise Broken("tokens", f"{name} has {len(got)} tokens and a usage of {end.generated}")
@@ -261,11 +270,13 @@ class Rig:
             raise Broken("tokens", f"{name} ended by {end.reason.value}, wrongly: was it cancelled?")
         if end.reason is FinishReason.CANCELLED:
             want = want[: len(got)]
-        elif not want or end.reason is not (FinishReason.STOP if want[-1] in stops_of(move) else FinishReason.LENGTH):
+        elif not want or (end.reason is FinishReason.STOP) != (want[-1] in stops_of(move.params)):
             raise Broken("tokens", f"{name} ended by {end.reason.value}, alone it ends with {want[-1:]}")
         if got != want:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise Broken("tokens", f"{name} differs at token {at}: {got[at : at + 3]} in place of {want[at : at + 3]}")
+        if end.cached != (cached := self.owners.begins.get(end.request_id, 0)):
+            raise Broken("books", f"{name} began at token {cached}, and {end.cached} are said to be cached")
 
     def _check_end(self) -> None:
         """Everything is back where it was."""
@@ -290,10 +301,12 @@ class Rig:
         stats = scheduler.stats
         if stats.generated_tokens != sum(map(len, self.tokens.values())):
             raise Broken("books", f"{stats.generated_tokens} generated tokens were counted")
-        prompts = {number: len(move.prompt) for number, move in enumerate(self.adds)}
+        prompts = {request_id: len(move.prompt) for request_id, move in self.owners.moves.items()}
         never_ran = sum(size for request_id, size in prompts.items() if not self.tokens[request_id])
         if not sum(prompts.values()) - never_ran <= stats.prompt_tokens <= sum(prompts.values()):
             raise Broken("books", f"{stats.prompt_tokens} prompt tokens were counted")
+        if stats.cached_tokens != sum(self.owners.begins.values()):
+            raise Broken("books", f"{stats.cached_tokens} cached tokens were counted")
         if stats.failed_steps != self._failed or stats.preemptions < self._asked:
             raise Broken("books", f"{stats.failed_steps} failed steps and {stats.preemptions} preemptions were counted")
         if stats.recomputed_tokens != scheduler.fed_again:

@@ -15,6 +15,7 @@ from gapless.engine.graphs import mixed_shape
 from gapless.engine.layout import StepShape
 from gapless.request import SamplingParams
 from support.hash_model import VOCAB
+from support.sim.model import continuation
 
 Kind = Literal["add", "cancel", "preempt", "exhaust"]
 Shortage = Literal[
@@ -30,6 +31,9 @@ Shortage = Literal[
 SHORTAGES: tuple[Shortage, ...] = get_args(Shortage)
 AUDITED = 10  # one seed in so many has the audit
 CROWDED = 10  # one seed in so many is a crowd
+SALTS = ("", "", "", "a", "b")
+PRIORITIES = (0, 0, 0, 0, -1, 1, 2, -1000, 1000)
+ARRIVALS = (0, 0, 0, 0, 0, 1, 1500, 3000)
 _DEFAULTS = SamplingParams()
 _ENDS: tuple[tuple[Kind, ...], ...] = ((), (), (), ("cancel",))
 _PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "preempt"))
@@ -39,7 +43,7 @@ _PAUSES: tuple[tuple[Kind, ...], ...] = ((), (), (), ("preempt",), ("preempt", "
 class Move:
     """Something that happens at a phase boundary: `point` counts boundaries since the start.
 
-    add      prompt and params of a new request
+    add      prompt, params, priority and salt of a new request; `arrivals` others came and went since the one before
     cancel, preempt   of the request that was added as number `target`; nothing if that has ended or is not there yet
     exhaust  the next step that is launched runs out of memory, at `where`
     """
@@ -50,6 +54,9 @@ class Move:
     where: Shortage = "before compute"
     prompt: tuple[int, ...] = ()
     params: SamplingParams = _DEFAULTS
+    priority: int = 0
+    salt: str = ""
+    arrivals: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ def generate(seed: int) -> Schedule:
     if seed % CROWDED == CROWDED // 2:
         return crowd(seed)
     rng = random.Random(seed)
+    order_seed = rng.randrange(2**32)
     rows, block_size, max_length = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 4]), rng.choice([12, 24, 40])
     least = -(-(max_length - 1) // block_size)
     moves: list[Move] = []
@@ -138,8 +146,21 @@ def generate(seed: int) -> Schedule:
         point += rng.choice([0, 0, 1, 3, 10, 30, 80])
         any_length = rng.randrange(1, max_length)
         length = rng.choice([1, 2, 7, max_length // 2, max_length - 1, any_length, any_length, any_length])
-        prompt = tuple(rng.randrange(VOCAB) for _ in range(length))
-        moves.append(Move(point, "add", prompt=prompt, params=random_params(rng)))
+        begin, salt = _beginning(rng, moves, max_length)
+        if begin:
+            point += rng.choice([0, 0, 20, 100, 400])  # at once if nothing runs meanwhile
+            length = min(max_length - 1, len(begin) + rng.choice([0, 1, 1, 2, 6]))
+        moves.append(
+            Move(
+                point,
+                "add",
+                prompt=_filled(rng, begin, length),
+                params=random_params(rng),
+                priority=rng.choice(PRIORITIES),
+                salt=salt,
+                arrivals=rng.choice(ARRIVALS),
+            )
+        )
         for kind in (*rng.choice(_ENDS), *rng.choice(_PAUSES)):
             moves.append(Move(point + rng.randrange(120), kind, number))  # noqa: PERF401
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
@@ -152,7 +173,7 @@ def generate(seed: int) -> Schedule:
         blocks=rng.choice([least, least + 1, least + least // 2, 3 * least]),
         max_length=max_length,
         graphs=rng.random() < 0.5,
-        order_seed=rng.randrange(2**32),
+        order_seed=order_seed,
         eagerness=None,
         reader_lag=rng.choice([0, 0, 1, 3]),
         moves=tuple(sorted(moves, key=lambda move: move.point)),
@@ -168,9 +189,10 @@ def crowd(seed: int) -> Schedule:
     moves: list[Move] = []
     for number in range(rows):
         size = length if in_step else rng.choice([1, 1, max_length - 1 - rng.randrange(4)])
-        prompt = tuple(rng.randrange(VOCAB) for _ in range(size))
+        begin, salt = _beginning(rng, moves, max_length)
         params = SamplingParams(seed=rng.randrange(2**64), max_tokens=None, ignore_eos=True)
-        moves.append(Move(0, "add", prompt=prompt, params=params))
+        prompt, priority = _filled(rng, begin, size), rng.choice(PRIORITIES)
+        moves.append(Move(0, "add", prompt=prompt, params=params, priority=priority, salt=salt))
         if rng.random() < (0.2 if in_step else 0.7):
             moves.append(Move(rng.randrange(200), rng.choice(("cancel", "preempt", "preempt")), number))
     return Schedule(
@@ -186,6 +208,24 @@ def crowd(seed: int) -> Schedule:
         reader_lag=rng.choice([0, 0, 1, 3]),
         moves=tuple(sorted(moves, key=lambda move: move.point)),
     )
+
+
+def _beginning(rng: random.Random, moves: list[Move], max_length: int) -> tuple[tuple[int, ...], str]:
+    """What a prompt begins with, and its salt: half of them like an earlier prompt, or one with its answer."""
+    earlier = [move for move in moves if move.kind == "add"]
+    if not earlier or rng.random() < 0.5:
+        return (), rng.choice(SALTS)
+    other = rng.choice(earlier)
+    tokens = other.prompt
+    if rng.random() < 0.5:
+        tokens += continuation(other.prompt, other.params, max_length)
+    cut = rng.choice([len(tokens), rng.randrange(1, len(tokens) + 1)])
+    return tokens[:cut], other.salt if rng.random() < 0.8 else rng.choice(SALTS)
+
+
+def _filled(rng: random.Random, begin: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """So many tokens, those behind the beginning at random."""
+    return (*begin, *(rng.randrange(VOCAB) for _ in range(length - len(begin))))[:length]
 
 
 def random_params(rng: random.Random) -> SamplingParams:

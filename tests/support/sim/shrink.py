@@ -75,6 +75,9 @@ def _smaller_move(move: Move) -> Iterator[Move]:
         if 0 < size < len(move.prompt):
             yield replace(move, prompt=move.prompt[:size])
     params = move.params
+    for name, plain in (("priority", 0), ("salt", ""), ("arrivals", 0)):
+        if getattr(move, name) != plain:
+            yield replace(move, **{name: plain})
     if not params.greedy:
         yield replace(move, params=replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0))
     if params.stop_token_ids:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from support.sim.faults import inputs, memory, progress, serving, streams, tokens
-from support.sim.parts import Parts, Violation
+from support.sim.faults import inputs, memory, progress, serving, sharing, streams, tokens
+from support.sim.findings import Violation
+from support.sim.parts import Parts
 from support.sim.rig import run
 from support.sim.schedule import Schedule, crowd, generate
 
@@ -56,11 +57,16 @@ HOST_IN, DEVICE_IN, DEVICE_OUT, HOST_OUT = map(_on, ("host in", "device in", "de
 TABLE, BLOCK = _on("block table"), _on("keys", "values")
 ROW_OR_BLOCK = (*BLOCK, *TABLE, *_on("last token"))
 TOKENS = ("tokens",)
-WRONG_ROW = (*TOKENS, *BLOCK)
+WRITTEN = ("books: a step writes",)
+WRONG_ROW = (*TOKENS, *BLOCK, *WRITTEN)
 WRONG_PLACE = (*WRONG_ROW, "books: padding has")
 TABLES = (*TABLE, *_on("temperature"))
 COUNT = ("books: wrong count",)
 ROW_BOOKS = _raising("row ")
+SHARED = ("books: request",)  # a block that is not what it should be
+TURN = ("liveness: request",)
+UNOWNED = _raising("of KV blocks")
+LENT_TWICE = (*WRONG_ROW, *UNOWNED)
 RECOMPUTED = ("books: recomputed",)
 HIDDEN = (  # what the audit hides is no row, and no number of updates
     "error: IndexError: index 1515870810",
@@ -102,9 +108,9 @@ FAULTS: tuple[Fault, ...] = (
         "table deltas are written by the host", Parts(runner=tokens.DeltasByTheHost), ("books: block table changed",)
     ),
     Fault("KV blocks are zeroed by the host", Parts(pool=memory.ZeroesBlocksFromHost), ("books: keys 0 changed",)),
-    Fault("a block table delta is lost", Parts(fill=inputs.loses_block), (*TOKENS, *BLOCK)),
+    Fault("a block table delta is lost", Parts(fill=inputs.loses_block), WRONG_ROW),
     Fault("a reused row keeps its first sampling parameters", Parts(runner=tokens.StaleParams), TOKENS),
-    Fault("padding is written to a live row", Parts(fill=inputs.pads_on_row_zero), TOKENS),
+    Fault("padding is written to a live row", Parts(fill=inputs.pads_on_row_zero), (*WRONG_ROW, *TABLE)),
     Fault("tokens are written to a neighbour's blocks", inputs.changed("token_rows_T", inputs.neighbours), WRONG_PLACE),
     Fault("the positions of a chunk are one too low", Parts(fill=inputs.chunks_too_early), TOKENS),
     Fault("a chunk samples from its first token", Parts(fill=inputs.samples_first_token), TOKENS),
@@ -118,11 +124,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("attention is told of too few queries", inputs.told(inputs.shorter_queries), TOKENS),
     Fault("attention takes a chunk for a decode", Parts(runner=inputs.OneMoreDecode), TOKENS),
     Fault("chunks begin before the padding of decodes", Parts(fill=inputs.chunks_in_the_gap), TOKENS),
-    Fault("decodes go on where others ran between", Parts(scheduler=inputs.GoesOnRegardless), TOKENS),
-    Fault("a step that goes on leaves its last block update behind", Parts(runner=inputs.SendsTooLittle), TOKENS),
+    Fault("decodes go on where others ran between", Parts(scheduler=inputs.GoesOnRegardless), WRONG_ROW),
+    Fault("a step that goes on leaves its last block update behind", Parts(runner=inputs.SendsTooLittle), WRONG_ROW),
     Fault("the device counts no further", Parts(runner=inputs.CountsNoFurther), TOKENS),
     Fault("the device counts on for padding", Parts(runner=inputs.CountsPadding), ("books: padding has",)),
-    Fault("decodes go on with the rows of the step before", Parts(runner=inputs.StaleRows), TOKENS),
+    Fault(
+        "decodes go on with the rows of the step before", Parts(runner=inputs.StaleRows), (*WRONG_ROW, *ROW_OR_BLOCK)
+    ),
     Fault("a batch is taken for greedy", inputs.told(inputs.all_greedy), TOKENS),
     Fault("there is no carry-over", Parts(runner=tokens.NoCarryOver), TOKENS),
     Fault("the carry-over is from the step before", Parts(runner=tokens.CarriesOlderToken), TOKENS),
@@ -136,7 +144,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("random numbers are keyed on the step", Parts(sampler=tokens.KeyedOnStep), TOKENS),
     Fault("random numbers are those of the position before", tokens.EARLIER_POSITION, TOKENS),
     Fault("a row and its blocks are freed at commit", Parts(scheduler=memory.FreesAtCommit), ROW_OR_BLOCK),
-    Fault("a row's blocks are freed at commit", Parts(scheduler=memory.FreesBlocksAtCommit), BLOCK),
+    Fault("a row's blocks are freed at commit", Parts(scheduler=memory.FreesBlocksAtCommit), (*BLOCK, *UNOWNED)),
     Fault("a step retires one step early", Parts(scheduler=memory.RetiresEarly), ROW_OR_BLOCK),
     Fault("cancel and retirement both free the blocks", Parts(scheduler=memory.FreesTwice), BLOCK),
     Fault("a cancelled request also finishes", Parts(scheduler=memory.CancelAndFinish), COUNT),
@@ -145,17 +153,21 @@ FAULTS: tuple[Fault, ...] = (
     Fault("kept row sets go stale", Parts(scheduler=memory.KeepsRowSets), ("books: rows",)),
     Fault("preemption loses tokens in flight", Parts(scheduler=memory.LosesTokens), TOKENS),
     Fault("preemption repeats a token", Parts(scheduler=memory.RepeatsToken), TOKENS),
-    Fault("preemption keeps placeholders as tokens", Parts(scheduler=memory.KeepsPlaceholder), TOKENS),
+    Fault("preemption keeps placeholders as tokens", Parts(scheduler=memory.KeepsPlaceholder), (*TOKENS, *SHARED)),
     Fault("the oldest sequence is preempted", Parts(scheduler=memory.PreemptsOldest), ("liveness: the oldest",)),
     Fault("a preempted sequence is forgotten", Parts(scheduler=memory.ForgetsPreempted), ("liveness: request",)),
-    Fault("a step that ran out of memory is committed", Parts(scheduler=memory.CommitsFailedStep), TOKENS),
-    Fault("sequences run on after a step without memory", Parts(scheduler=memory.RunsOnAfterFailure), ROW_BOOKS),
+    Fault("a step that ran out of memory is committed", Parts(scheduler=memory.CommitsFailedStep), (*TOKENS, *WRITTEN)),
+    Fault(
+        "sequences run on after a step without memory",
+        Parts(scheduler=memory.RunsOnAfterFailure),
+        (*ROW_BOOKS, *TOKENS),
+    ),
     Fault(
         "steps behind one without memory are committed",
         Parts(scheduler=memory.CommitsSkippedSteps),
         TOKENS,
     ),
-    Fault("steps behind one without memory run on", Parts(stream=streams.RunsOnAfterFailure), BLOCK),
+    Fault("steps behind one without memory run on", Parts(stream=streams.RunsOnAfterFailure), (*BLOCK, *WRITTEN)),
     Fault("the token budget does not shrink", Parts(scheduler=progress.NeverShrinks), ("liveness: the budget",)),
     Fault("the token budget does not grow back", Parts(scheduler=progress.StaysSmall), ("liveness: the budget",)),
     Fault("everybody but the oldest is preempted", Parts(scheduler=progress.PreemptsAll), ("liveness: request",)),
@@ -174,6 +186,24 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("tokens lost with a step are not counted", Parts(scheduler=progress.CountsNoFailedTokens), RECOMPUTED),
     Fault("the newest request is admitted first", Parts(scheduler=memory.NewestFirst), ("liveness: request",)),
+    Fault("priorities are ignored", Parts(admission=sharing.NoPriorities), TURN),
+    Fault("who is less urgent waits for ever", Parts(admission=sharing.StrictPriorities), TURN),
+    Fault("who was preempted goes behind the others", Parts(scheduler=sharing.PreemptedGoBehind), TURN),
+    Fault("blocks are found without their salt", Parts(admission=sharing.NoSalt), SHARED),
+    Fault(
+        "the digest of a prompt's block leaves out those before", Parts(admission=sharing.PromptDigestsAlone), SHARED
+    ),
+    Fault(
+        "the digest of an answer's block leaves out those before", Parts(scheduler=sharing.AnswerDigestsAlone), SHARED
+    ),
+    Fault("a hit covers the last token, too", Parts(scheduler=sharing.CoversLastToken), SHARED),
+    Fault("a shared block is freed with its first owner", Parts(pool=sharing.FreesWithFirstOwner), LENT_TWICE),
+    Fault("an evicted block can still be found", Parts(pool=sharing.FindsEvicted), SHARED),
+    Fault("idle blocks are evicted while they are shared", Parts(pool=sharing.EvictsShared), LENT_TWICE),
+    Fault("chunks can be found when they are launched", Parts(scheduler=sharing.RegistersAtLaunch), WRITTEN),
+    Fault("chunks of failed steps can be found", Parts(scheduler=sharing.RegistersFailedSteps), TOKENS),
+    Fault("an answer's last token counts as computed", Parts(scheduler=sharing.RegistersLastToken), TOKENS),
+    Fault("a row computes a shared block once more", Parts(rows=sharing.ComputesSharedBlock), WRITTEN),
     Fault("overshoot tokens are emitted", Parts(scheduler=tokens.EmitsOvershoot), TOKENS),
     Fault("overshoot tokens are billed", Parts(scheduler=tokens.BillsOvershoot), TOKENS),
     Fault("an end by length overshoots", Parts(scheduler=tokens.RunsPastLimit), ROW_BOOKS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from heapq import heappush
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from gapless.device.base import Device
 from gapless.engine.slots import Slot
 from gapless.outcome import Committed, Finished
 from gapless.plan import Ints, Plan
-from gapless.request import FinishReason, Request
+from gapless.request import FinishReason
 from gapless.rows import RowSet, RowState
+from gapless.waiting import SequenceState, WaitingQueue
 from support.sim.parts import Parts, RigPool, RigScheduler, RigSlots
 from support.sim.rig import Rig
 
@@ -170,19 +172,23 @@ class PreemptsOldest(RigScheduler):
     """Takes the blocks of the oldest sequence in place of the youngest's."""
 
     def _preempt_for(self, needed: int) -> None:
-        self.rows.request_id *= -1
+        self.rows.rank *= -1
         try:
             super()._preempt_for(needed)
         finally:
-            self.rows.request_id *= -1
+            self.rows.rank *= -1
+
+    def _check_preemption(self, row: int) -> None:
+        """It would tell first."""
 
 
 class ForgetsPreempted(RigScheduler):
     """A preempted sequence is not queued again."""
 
     def _release(self, row: int) -> None:
+        waiting, self._waiting = self._waiting, WaitingQueue()
         super()._release(row)
-        self._preempted.clear()
+        self._waiting = waiting
 
 
 class CommitsFailedStep(RigScheduler):
@@ -219,9 +225,13 @@ class CommitsSkippedSteps(RigScheduler):
 class NewestFirst(RigScheduler):
     """Admits the newest request first."""
 
-    def add(self, request: Request) -> None:
-        super().add(request)
-        self._waiting.rotate(1)
+    class Queue(WaitingQueue):
+        def push(self, sequence: SequenceState) -> None:
+            heappush(self._heap, (-sequence.request.rank, sequence))
+
+    def __init__(self, limits: SchedulerLimits, rig: Rig) -> None:
+        super().__init__(limits, rig)
+        self._waiting = self.Queue()
 
 
 class ZeroesBlocksFromHost(RigPool):

@@ -27,7 +27,7 @@ class PreemptsAll(RigScheduler):
 
     def _preempt_for(self, needed: int) -> None:
         running = np.flatnonzero(self.rows.state == RowState.RUNNING)
-        for row in running[np.argsort(self.rows.request_id[running])][:0:-1].tolist():
+        for row in running[np.argsort(self.rows.rank[running])][:0:-1].tolist():
             self._preempt(row)
         self._refresh_rows()
 
@@ -40,7 +40,7 @@ class CountsFreedTwice(RigScheduler):
         coming = int(table.num_blocks[list(self._draining)].sum())
         while needed > self.pool.num_free + coming:
             running = np.flatnonzero(table.state == RowState.RUNNING)
-            victim = int(running[table.request_id[running].argmax()])
+            victim = int(running[table.rank[running].argmax()])
             if table.length[victim] - table.computed[victim] == 1:
                 needed -= int(table.computed[victim] == table.num_blocks[victim] * self.limits.block_size)
             coming += int(table.num_blocks[victim])
@@ -59,9 +59,9 @@ class CountsNoFailedTokens(RigScheduler):
     """Tokens that are lost with a failed step are not counted as recomputed."""
 
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
-        counted = self.stats.recomputed_tokens
         committed = super().abandon(failed, skipped)
-        self.stats.recomputed_tokens = counted
+        for sequence in self._sequences.values():
+            sequence.computed = 0
         return committed
 
 

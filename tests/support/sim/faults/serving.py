@@ -100,8 +100,10 @@ class StopsShortOfContext(Admission):
 class AdmitsDifferently(Admission):
     """Makes another request than the one that was asked for."""
 
-    def make_request(self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams) -> Request:
-        return self.change(super().make_request(prompt_token_ids, params))
+    def make_request(
+        self, prompt_token_ids: Sequence[int] | NDArray[Any], params: SamplingParams, **options: Any
+    ) -> Request:
+        return self.change(super().make_request(prompt_token_ids, params, **options))
 
     def change(self, request: Request) -> Request:
         raise NotImplementedError

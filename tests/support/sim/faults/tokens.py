@@ -22,6 +22,7 @@ from gapless.request import FinishReason
 from gapless.rows import RowState
 from gapless.sampling.base import SamplingTables
 from gapless.sampling.features import FeatureTables, StepMasks
+from gapless.waiting import SequenceState
 from support.sim.faults.inputs import changed, one_less
 from support.sim.model import MixSampler
 from support.sim.parts import Parts, RigRunner, RigScheduler
@@ -62,8 +63,8 @@ class RunsPastLimit(RigScheduler):
 class BillsOvershoot(RigScheduler):
     """Counts the stop's overshoot as generated."""
 
-    def _finish(self, sequence: object, reason: FinishReason) -> None:
-        super()._finish(sequence, reason)  # type: ignore[arg-type]
+    def _finish(self, sequence: SequenceState, reason: FinishReason, stop: int | None = None) -> None:
+        super()._finish(sequence, reason, stop)
         end = self._finished[-1]
         self._finished[-1] = replace(end, generated=end.generated + (reason is FinishReason.STOP))
 
@@ -71,9 +72,9 @@ class BillsOvershoot(RigScheduler):
 class WrongReason(RigScheduler):
     """Says that a stop was an end by length."""
 
-    def _finish(self, sequence: object, reason: FinishReason) -> None:
+    def _finish(self, sequence: SequenceState, reason: FinishReason, stop: int | None = None) -> None:
         wrong = FinishReason.LENGTH if reason is FinishReason.STOP else reason
-        super()._finish(sequence, wrong)  # type: ignore[arg-type]
+        super()._finish(sequence, wrong, stop)
 
 
 class LivePlan(RigScheduler):
