@@ -10,6 +10,8 @@ from hashlib import sha256
 
 from gapless.plan import Ints
 
+ROOT = b"the salt before the first block:"  # no salt can look like a digest and the tokens behind it
+
 
 def extend_chain(chain: list[bytes], tokens: Ints, blocks: int, block_size: int, salt: bytes) -> None:
     """Add digests until there is one for each of the first `blocks` blocks of these tokens."""
@@ -17,7 +19,7 @@ def extend_chain(chain: list[bytes], tokens: Ints, blocks: int, block_size: int,
         return
     width = block_size * tokens.itemsize
     data = tokens[len(chain) * block_size : blocks * block_size].tobytes()
-    before = chain[-1] if chain else sha256(salt).digest()
+    before = chain[-1] if chain else sha256(ROOT + salt).digest()
     for begin in range(0, len(data), width):
         before = sha256(before + data[begin : begin + width]).digest()
         chain.append(before)
