@@ -15,7 +15,7 @@ from gapless.device.cpu import CpuDevice
 from gapless.device.null import NullDevice
 from gapless.engine.build import build_loop, graph_share, slot_capacity
 from gapless.engine.graphs import CHUNK_TOKENS, GraphTable, mixed_shapes
-from gapless.engine.layout import StepShape, packed_capacity, sections_of
+from gapless.engine.layout import StepShape, sections_of
 from gapless.engine.loop import Loop
 from gapless.sampling.torch_sampler import TorchSampler
 from support.hash_model import HashModel
@@ -88,7 +88,7 @@ def test_a_slot_holds_every_captured_step_and_every_other(rows: int, tokens: int
     capacity = slot_capacity(graphs, limits)
     assert graphs.mixed
     assert all(sections_of(shape).total <= capacity for shape in graphs.shapes)
-    assert capacity >= packed_capacity(tokens, rows, limits.max_block_updates)
+    assert capacity >= sections_of(StepShape(tokens, 0, rows, rows, limits.max_block_updates, rows)).total
     for decodes, length in ((0, tokens), (1, tokens - 1), (rows - 1, tokens - rows + 1)):
         exact = StepShape(decodes + length, decodes, decodes + 1, rows, limits.max_block_updates, rows)
         assert sections_of(graphs.pad_decodes(exact)).total <= capacity

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from gapless.engine.layout import Sections, StepShape, packed_capacity, sections_of
+from gapless.engine.layout import Sections, StepShape, sections_of
 
 
 def shapes(max_tokens: int, max_rows: int, max_updates: int) -> Iterator[StepShape]:
@@ -21,12 +21,12 @@ def shapes(max_tokens: int, max_rows: int, max_updates: int) -> Iterator[StepSha
 @pytest.mark.parametrize(("max_tokens", "max_rows", "max_updates"), [(2, 1, 0), (4, 3, 2), (7, 2, 5), (9, 4, 1)])
 def test_the_largest_step_fills_a_slot_to_its_end(max_tokens: int, max_rows: int, max_updates: int):
     largest = max(sections_of(shape).total for shape in shapes(max_tokens, max_rows, max_updates))
-    assert packed_capacity(max_tokens, max_rows, max_updates) == largest
+    assert sections_of(StepShape(max_tokens, 0, max_rows, max_rows, max_updates, max_rows)).total == largest
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_slot_holds_a_step_of_as_many_tokens_as_rows_and_every_bucket(rows: int):
-    capacity = packed_capacity(rows, rows, 2 * rows)
+    capacity = sections_of(StepShape(rows, 0, rows, rows, 2 * rows, rows)).total
     assert max(sections_of(shape).total for shape in shapes(rows, rows, 2 * rows)) <= capacity
     assert sections_of(StepShape.decode(rows)).total <= capacity
 

@@ -56,7 +56,6 @@ def compiled(
         "ENTRIES_TILE": 256,
         "HEADS_TILE": triton.next_power_of_2(group),
         "MERGE": 4,
-        "IDLE_FIRST": tiles.idle_first,
         "EARLY": rotate,
         "ROTATE": rotate,
         "NORM": norm,

@@ -48,7 +48,7 @@ class Admission:
     ) -> Request:
         """Check a request and give it an id. Nothing is queued. priority and cache_salt: see prompts.py.
 
-        stops  what a tokenizer makes of params.stop; without it these strings can not be found.
+        stops  what a tokenizer makes of params.stop, if there are any.
 
         Raises EmptyPromptError, PromptTooLongError, RequestTooLargeError or InvalidRequestError.
         """

@@ -14,7 +14,7 @@ from gapless.plan import Plan
 _FINE = 8  # buckets are multiples of this up to _FINE_UNTIL, then an eighth of their power of two apart
 _FINE_UNTIL = 64
 
-CHUNK_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)  # each costs 0.1 to 0.3 s of start-up
+CHUNK_TOKENS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)  # each costs some 0.1 s of start-up
 FEWEST_DECODES = 64  # as quick as fewer: the weights are read all the same
 DECODES_APART = 4  # decodes of a mixed step are padded to that times a power of this
 SHORT_CHUNK = 16  # tokens: a mixed step holds as many chunks as if all were so long

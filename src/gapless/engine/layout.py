@@ -139,11 +139,6 @@ def sent_size(plan: Plan, shape: StepShape) -> int:
     return at.total
 
 
-def packed_capacity(max_tokens: int, max_rows: int, max_updates: int) -> int:
-    """int32 elements that the largest step of these limits can need."""
-    return sections_of(StepShape(max_tokens, 0, max_rows, max_rows, max_updates, max_rows)).total
-
-
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """A step's inputs on the device, one tensor each; see Sections. seed_A2 holds (low, high) words.

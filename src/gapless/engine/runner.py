@@ -53,7 +53,7 @@ class Runner:
         self._d2h = device.stream("d2h")
 
     def shape_of(self, plan: Plan) -> StepShape:
-        """The shape that the plan is filled and launched in: a graph's if one holds it."""
+        """The shape that the plan is filled and launched in: a graph's if one holds it, else its own."""
         return self.graphs.shape_for(plan) or self.graphs.pad_decodes(StepShape.of(plan))
 
     def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:

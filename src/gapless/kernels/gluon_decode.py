@@ -33,7 +33,7 @@ from gapless.attention.base import AttentionBatch, HeadRotation, LayerKV
 from gapless.kernels.dependent import dependent_launch, nvidia_arch
 from gapless.kernels.gluon_units import find_unit, merge_parts
 from gapless.kernels.online_softmax import LOG2_E
-from gapless.kernels.paged_decode import MERGED_BY_LAST, merge_step
+from gapless.kernels.paged_decode import MERGED_BY_LAST, merge_step, wanted_units
 
 COLUMNS = gl.constexpr(64)  # of a box: 128 bytes, the widest swizzle
 MAX_ENTRIES = 2048  # each program looks through all of them
@@ -142,7 +142,6 @@ def decode_kernel(
     ENTRIES_TILE: gl.constexpr,
     HEADS_TILE: gl.constexpr,
     MERGE: gl.constexpr,
-    IDLE_FIRST: gl.constexpr,
     EARLY: gl.constexpr,
     ROTATE: gl.constexpr,
     NORM: gl.constexpr,
@@ -159,9 +158,7 @@ def decode_kernel(
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     NEW: gl.constexpr = gl.BlockedLayout([1, HEAD_DIM // 32], [1, 32], [1, 1], [1, 0])
 
-    unit = gl.program_id(0)
-    if IDLE_FIRST:  # those without a unit come and go while the kernel before still runs
-        unit = gl.num_programs(0) - 1 - unit
+    unit = gl.num_programs(0) - 1 - gl.program_id(0)  # those without a unit go while the kernel before still runs
     work = (rows_E, kv_len_E, entries, wanted, min_span)
     entry, row, length, units, nth, spans = find_unit(work, unit // KV_HEADS, ENTRIES_TILE)
     kv_head = unit % KV_HEADS
@@ -292,8 +289,6 @@ class GluonDecodeTiles:
     stages: int  # of them on their way to a program
     min_span: int = 128  # cached tokens below which a unit does not pay
     programs_per_processor: int = 3  # that cutting into units aims at
-    idle_first: bool = True
-    early: bool = True
 
 
 def decode_tiles(head_dim: int, pairs: int, multiprocessors: int) -> GluonDecodeTiles:
@@ -308,11 +303,6 @@ def decode_tiles(head_dim: int, pairs: int, multiprocessors: int) -> GluonDecode
     return GluonDecodeTiles(block_n=32, stages=4 if 5 <= each <= 6 else 3 if 7 <= each <= 9 else 2)
 
 
-def _wanted(entries: int, num_kv_heads: int, max_kv: int, multiprocessors: int, tiles: GluonDecodeTiles) -> int:
-    wanted = max(1, round(tiles.programs_per_processor * multiprocessors / num_kv_heads))  # of every key/value head
-    return min(wanted, entries * triton.cdiv(max_kv, tiles.min_span))
-
-
 def runs(q_END: Tensor, out_END: Tensor, kv: LayerKV, batch: AttentionBatch, multiprocessors: int) -> bool:
     """Whether gluon_decode can attend with these queries, or the products that hold them, to this cache."""
     num_kv_heads, block_size, head_dim = kv.k_BKSD.shape[1:]
@@ -320,7 +310,7 @@ def runs(q_END: Tensor, out_END: Tensor, kv: LayerKV, batch: AttentionBatch, mul
         return False
     entries, num_heads = out_END.shape[:2]
     tiles = decode_tiles(head_dim, entries * num_kv_heads, multiprocessors)
-    wanted = _wanted(entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
+    wanted = wanted_units(entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
     fits = wanted <= MERGED_BY_LAST * entries and entries <= MAX_ENTRIES and num_heads // num_kv_heads <= ROWS.value
     halves = q_END.dtype in (torch.bfloat16, torch.float16) and q_END.dtype == kv.k_BKSD.dtype
     aligned = q_END.stride(0) % 8 == 0 and q_END.stride(1) == head_dim and q_END.data_ptr() % 16 == 0
@@ -344,7 +334,7 @@ def gluon_decode(
     num_kv_heads = kv.k_BKSD.shape[1]
     group = num_heads // num_kv_heads
     tiles = tiles or decode_tiles(head_dim, num_entries * num_kv_heads, multiprocessors)
-    wanted = _wanted(num_entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
+    wanted = wanted_units(num_entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
     units = (wanted + num_entries) * num_kv_heads
     partial_UGD = torch.empty((units, group, head_dim), dtype=torch.float32, device=q_END.device)
     lse_UG = torch.empty((units, group), dtype=torch.float32, device=q_END.device)
@@ -382,8 +372,7 @@ def gluon_decode(
         ENTRIES_TILE=max(32, triton.next_power_of_2(num_entries)),
         HEADS_TILE=heads_tile,
         MERGE=min(8, merge_step(heads_tile, head_dim, 1)),
-        IDLE_FIRST=tiles.idle_first,
-        EARLY=tiles.early and rotation is not None,  # else the kernel before may have written any key
+        EARLY=rotation is not None,  # else the kernel before may have written any key
         ROTATE=rotation is not None,
         NORM=rotation is not None and rotation.qk_norm_2D is not None,
         num_warps=1,

@@ -22,6 +22,7 @@ what wrote the batch's metadata.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import triton
@@ -349,6 +350,21 @@ def decode_tiles(head_dim: int, itemsize: int, group: int, amd: bool) -> DecodeT
     return replace(tiles, num_warps=min(8, tiles.num_warps * row_tiles))
 
 
+class Cut(Protocol):
+    """What sets into how many units entries are cut."""
+
+    @property
+    def min_span(self) -> int: ...
+    @property
+    def programs_per_processor(self) -> int: ...
+
+
+def wanted_units(entries: int, num_kv_heads: int, max_kv: int, multiprocessors: int, tiles: Cut) -> int:
+    """Units of each key/value head that the entries are cut into together, and at most one more for each."""
+    wanted = max(1, round(tiles.programs_per_processor * multiprocessors / num_kv_heads))
+    return min(wanted, entries * triton.cdiv(max_kv, tiles.min_span))
+
+
 def merge_step(heads: int, dim_tile: int, num_warps: int) -> int:
     """Units to merge at a time: as many as leave a thread 64 of their numbers."""
     return max(1, min(32, num_warps * 2048 // (heads * dim_tile)))
@@ -376,8 +392,7 @@ def paged_decode(
     num_kv_heads = kv.k_BKSD.shape[1]
     group, pairs = num_heads // num_kv_heads, num_entries * num_kv_heads
     tiles = tiles or decode_tiles(head_dim, kv.k_BKSD.element_size(), group, amd=torch.version.hip is not None)
-    wanted = max(1, round(tiles.programs_per_processor * multiprocessors / num_kv_heads))  # of every key/value head
-    wanted = min(wanted, num_entries * triton.cdiv(batch.max_kv, tiles.min_span))
+    wanted = wanted_units(num_entries, num_kv_heads, batch.max_kv, multiprocessors, tiles)
     units = (wanted + num_entries) * num_kv_heads
     fused = wanted <= MERGED_BY_LAST * num_entries
     partial_UGD = torch.empty((units, group, head_dim), dtype=torch.float32, device=q_END.device)
