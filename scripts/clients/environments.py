@@ -1,0 +1,37 @@
+"""A virtual environment for each client, under .clients/, made anew when its requirements change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CLIENTS = ROOT / ".clients"
+
+
+class ClientError(Exception):
+    """A client failed, or got what it should not."""
+
+
+def environment(name: str) -> Path:
+    """Its folder of programs, with what scripts/clients/NAME.txt lists."""
+    folder, wanted = CLIENTS / name, (HERE / f"{name}.txt").read_text()
+    stamp = folder / "installed.txt"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        for line in wanted.splitlines():  # one after the other: torch first, as the build that the index offers
+            subprocess.run([*pip, line], check=True, stderr=subprocess.DEVNULL)
+        stamp.write_text(wanted)
+    return folder / "bin"
+
+
+def variables(**more: str) -> dict[str, str]:
+    """The environment of a client: no hub, no telemetry, and nothing of this one's Python."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GAPLESS_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **more}

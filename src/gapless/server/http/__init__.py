@@ -1,0 +1,1 @@
+"""What all routes have in common: errors, keys, limits, bodies and event streams."""

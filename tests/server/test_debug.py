@@ -1,0 +1,128 @@
+"""/metrics and /debug: who may ask, what they get, and what is said of it in the schema."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+import httpx
+import pytest
+
+from gapless.server.app import create_app
+from gapless.server.config import ServerConfig
+from gapless.server.context import Context
+from gapless.server.observer import ServerObserver
+from support.engine_source import BUSY, Clock, FakeEngines, context_of
+
+KEY = {"authorization": "Bearer secret"}
+ROUTES = [("GET", "/metrics"), ("GET", "/debug/stats"), ("GET", "/debug/timeline"), ("POST", "/debug/lookahead")]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engines() -> FakeEngines:
+    return FakeEngines()
+
+
+@pytest.fixture
+def context(engines: FakeEngines, clock: Clock) -> Context:
+    return context_of(engines, ServerObserver(clock=clock), ServerConfig(api_keys=("secret",)))
+
+
+def ask(context: Context, method: str, path: str, headers: dict[str, str] = KEY, **options: Any) -> httpx.Response:
+    async def once() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(context))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, headers=headers, **options)
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_needs_the_key(context: Context, method: str, path: str):
+    options: dict[str, Any] = {"json": {"lookahead": 0}} if method == "POST" else {}
+    assert ask(context, method, path, {}, **options).status_code == 401
+    assert ask(context, method, path, {"authorization": "Bearer other"}, **options).status_code == 401
+    assert ask(context, method, path, **options).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_the_schema_lists_the_statuses(context: Context, method: str, path: str):
+    schema = ask(context, "GET", "/openapi.json").json()
+    operation = schema["paths"][path][method.lower()]
+    assert {"200", "400", "401", "503"} <= set(operation["responses"])
+    assert ("415" in operation["responses"]) == (method == "POST")
+    assert operation["security"]
+
+
+def test_metrics_are_text_for_prometheus(context: Context):
+    answer = ask(context, "GET", "/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert 'gapless_requests_running{model_name="tiny"} 6.0' in answer.text
+
+
+def test_stats_are_the_engines_figures_with_what_the_server_knows(context: Context, clock: Clock):
+    assert isinstance(context.observer, ServerObserver)
+    watch = context.observer.opened("a", "/v1/completions")
+    clock.now += 0.1
+    watch.tokens(1)
+    answer = ask(context, "GET", "/debug/stats").json()
+    assert answer.items() >= asdict(BUSY).items()
+    assert (answer["state"], answer["model"], answer["device"]) == ("ready", "tiny", "a device")
+    assert answer["time"] > 1.7e9
+    assert answer["latency"]["ttft"] == {"p50": pytest.approx(0.1, rel=0.03), "p99": pytest.approx(0.1, rel=0.03)}
+    assert answer["latency"]["inter_token"] == answer["latency"]["e2e"] == {"p50": None, "p99": None}
+
+
+def test_without_an_engine_there_are_metrics_but_no_stats(context: Context, engines: FakeEngines):
+    engines.state = "starting"
+    assert ask(context, "GET", "/metrics").status_code == 200
+    assert ask(context, "GET", "/debug/stats").status_code == 503
+    assert ask(context, "GET", "/debug/timeline").status_code == 503
+    assert ask(context, "POST", "/debug/lookahead", json={"lookahead": 0}).status_code == 503
+
+
+def test_the_timeline_is_a_chrome_trace_of_so_many_steps(context: Context):
+    answer = ask(context, "GET", "/debug/timeline?steps=7").json()
+    spans = [event for event in answer["traceEvents"] if event["ph"] == "X"]
+    assert [span["args"]["step"] for span in spans] == list(range(7))
+    assert answer["traceEvents"][0]["args"] == {"name": "lookahead 1"}
+
+
+@pytest.mark.parametrize("steps", ["0", "501", "-1", "many", "1e2"])
+def test_a_number_of_steps_out_of_bounds_is_refused(context: Context, steps: str):
+    answer = ask(context, "GET", f"/debug/timeline?steps={steps}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steps"
+
+
+def test_the_lookahead_can_be_set_to_what_the_engine_was_built_for(context: Context, engines: FakeEngines):
+    answer = ask(context, "POST", "/debug/lookahead", json={"lookahead": 0})
+    assert (answer.status_code, answer.json()) == (200, {"lookahead": 0})
+    assert engines.now.lookahead == 0
+    assert ask(context, "POST", "/debug/lookahead", json={"lookahead": 2}).status_code == 400
+    assert engines.now.lookahead == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"lookahead": "1"}', b'{"lookahead": true}', b'{"lookahead": -1}'])
+def test_a_lookahead_that_is_none_is_refused(context: Context, engines: FakeEngines, body: bytes):
+    headers = KEY | {"content-type": "application/json"}
+    assert ask(context, "POST", "/debug/lookahead", headers, content=body).status_code == 400
+    assert engines.now.lookahead == 1
+
+
+def test_another_sites_page_can_not_set_the_lookahead(engines: FakeEngines, clock: Clock):
+    open_to_all = context_of(engines, ServerObserver(clock=clock))
+    body = b'{"lookahead": 0}'
+    for headers, status in [
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": "application/json", "origin": "https://elsewhere.example"}, 403),
+    ]:
+        assert ask(open_to_all, "POST", "/debug/lookahead", headers, content=body).status_code == status
+    assert engines.now.lookahead == 1
