@@ -10,8 +10,10 @@ JOBS ?= 2
 SEEDS ?= 100000
 SEED ?= 0
 TESTS ?=
+CLIENTS ?=
+PAGE_TOOLS ?= $(or $(TMPDIR),/tmp)/gapless-page-tools
 
-.PHONY: help demo test race replay faults check format clean
+.PHONY: help demo test race replay faults check clients page format clean
 
 help:
 	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
@@ -20,6 +22,8 @@ help:
 	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails;"
 	@echo "             SCHEDULE=.race/1234.json: one that was saved"
 	@echo "make faults  the planted faults, and how many schedules it takes to find each"
+	@echo "make clients openai, lm-eval, guidellm and schemathesis against the server; CLIENTS=\"openai schemathesis\": some"
+	@echo "make page    a browser drives the server's page: needs node, npm and Chromium"
 	@echo "make check   ruff, pyright strict, import rules"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the virtual environment and caches"
@@ -46,12 +50,20 @@ check: .venv/dev.done
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/rules
 
+clients: .venv/dev.done
+	$(BIN)/python scripts/clients/run.py $(CLIENTS)
+
+# Screenshots go to docs/images. Chromium itself comes from the system, as Debian's package chromium.
+page: .venv/dev.done
+	npm install --silent --no-audit --no-fund --prefix "$(PAGE_TOOLS)" playwright-core@1.64.1 axe-core@4
+	PAGE_TOOLS="$(PAGE_TOOLS)" PAGE_SHOTS=docs/images $(BIN)/python -m pytest -q tests/page
+
 format: .venv/dev.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .race .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
+	rm -rf .venv .clients .race .pytest_cache .ruff_cache .hypothesis build src/*.egg-info
 
 .venv/base.done: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit("Gapless needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -79,6 +79,7 @@ class Steps:
             num_blocks=rows * -(-longest // BLOCK_SIZE),
             graph_buckets=(rows,),
             block_size=BLOCK_SIZE,
+            prefix_cache=False,
             device=device,
         )
         self.random = RandomEngine(shape, config)
@@ -102,7 +103,7 @@ class Steps:
             known += tokens
         known += tokens
         for lookahead in self.lookaheads:
-            engine.set_lookahead(lookahead)  # raised while steps run: the loop leaves out one wait
+            engine.set_lookahead(lookahead)  # what is in flight is read first
             times, begin = list[float](), 0
             for step in range(SETTLE + self.steps + 1):
                 if step == SETTLE + 1:

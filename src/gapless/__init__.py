@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from gapless.llm import LLM
-    from gapless.outputs import CompletionOutput, RequestOutput, TextDelta, Usage
-    from gapless.request import FinishReason, SamplingParams
+    from gapless.logits_processor import LogitsProcessor, ProcessedStep
+    from gapless.outputs import CompletionOutput, RequestOutput, TextDelta, TokenLogprob, Usage
+    from gapless.params import SamplingParams
+    from gapless.request import FinishReason
 
 __version__ = "0.1.0"
 
@@ -44,15 +46,18 @@ __all__ = [
     "InputFileError",
     "InternalError",
     "InvalidRequestError",
+    "LogitsProcessor",
     "ModelError",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "ProcessedStep",
     "PromptTooLongError",
     "RequestOutput",
     "RequestStream",
     "RequestTooLargeError",
     "SamplingParams",
     "TextDelta",
+    "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
     "__version__",
@@ -63,11 +68,14 @@ _HOMES = {
     "AsyncLLM": "async_llm",
     "RequestStream": "async_llm",
     "EngineConfig": "config",
+    "LogitsProcessor": "logits_processor",
+    "ProcessedStep": "logits_processor",
     "FinishReason": "request",
-    "SamplingParams": "request",
+    "SamplingParams": "params",
     "CompletionOutput": "outputs",
     "RequestOutput": "outputs",
     "TextDelta": "outputs",
+    "TokenLogprob": "outputs",
     "Usage": "outputs",
 }
 

@@ -6,19 +6,23 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self, Unpack
 
+from torch import Tensor
+
 from gapless.collector import Collector, Generation, Prepared, dead_engine
 from gapless.config import EngineConfig
-from gapless.engine.core import Engine, EngineFailure, EngineStats, patience
-from gapless.errors import EngineDeadError, InvalidRequestError
-from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.engine.core import EngineFailure, EngineStats, InFlight, patience
+from gapless.engine.handle import EngineHandle
+from gapless.errors import EngineDeadError, GaplessError, InvalidRequestError
+from gapless.loading import EngineOptions, Load, Loaded, engine_config, load_engine
+from gapless.logits_processor import LogitsProcessor
 from gapless.outcome import Committed
 from gapless.outputs import RequestOutput
+from gapless.params import SamplingParams
 from gapless.prompts import Prompt
-from gapless.request import SamplingParams
 
 OutputKind = Literal["cumulative", "delta", "final"]
 
@@ -42,10 +46,13 @@ class AsyncLLM:
         shape: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **options: Unpack[EngineOptions],
     ) -> None:
         merged = engine_config(config, options)
-        self._start(load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer))
+        self._start(
+            load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer, logits_processors=logits_processors)
+        )
 
     @classmethod
     async def create(
@@ -56,22 +63,31 @@ class AsyncLLM:
         shape: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **options: Unpack[EngineOptions],
     ) -> Self:
         """Load in a thread, while the event loop goes on."""
         merged = engine_config(config, options)
         return cls.from_loaded(
-            await asyncio.to_thread(load_engine, model, merged, load=load, shape=shape, tokenizer=tokenizer)
+            await asyncio.to_thread(
+                load_engine,
+                model,
+                merged,
+                load=load,
+                shape=shape,
+                tokenizer=tokenizer,
+                logits_processors=logits_processors,
+            )
         )
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedEngine) -> Self:
+    def from_loaded(cls, loaded: Loaded) -> Self:
         """Around an engine that was put together elsewhere, which this AsyncLLM then owns."""
         llm = cls.__new__(cls)
         llm._start(loaded)
         return llm
 
-    def _start(self, loaded: LoadedEngine) -> None:
+    def _start(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self._engine = loaded.engine
         self._desk = _Desk(loaded)
@@ -90,28 +106,56 @@ class AsyncLLM:
     ) -> RequestStream:
         """Queue one request and return the iterator of its outputs. Chats are prompts too: {"messages": ...}.
 
-        output_kind  "cumulative": every output has all text and token ids so far; "delta": only what is new;
-                     "final": one output, at the end.
+        output_kind  "cumulative": every output has all text and token ids so far, of all n continuations; "delta":
+                     only what is new, of those that have something new; "final": one output, at the end.
 
         A consumer that is slower than the engine gets fewer and longer outputs. The last output is `finished`.
         Leaving the iterator (break, aclose(), cancelling the task) cancels the request.
 
         Raises InvalidRequestError or EngineDeadError with nothing queued. The iterator raises EngineDeadError.
         """
+        return self.submit(self.loaded.prepare(prompt, sampling_params), output_kind)
+
+    def submit(self, prepared: Prepared, output_kind: OutputKind = "cumulative") -> RequestStream:
+        """generate() for a prompt that `loaded.prepare` has checked, maybe in a thread: where the answer's form is new,
+        or the prompt long, that takes time. Raises InvalidRequestError or EngineDeadError with nothing queued."""
         if output_kind not in ("cumulative", "delta", "final"):
             raise InvalidRequestError(f"output_kind must be cumulative, delta or final, not {output_kind!r}")
         self._desk.attach(asyncio.get_running_loop())
-        prepared = self.loaded.prepare(prompt, sampling_params)
         return RequestStream(self, self._desk, self._desk.submit(prepared), output_kind)
+
+    def attach(self) -> None:
+        """Belong to the running event loop from now on, before the first request."""
+        self._desk.attach(asyncio.get_running_loop())
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended and were not left."""
+        """Prompts that are not finished and were not left."""
         return self._desk.num_open
 
     def stats(self) -> EngineStats:
         """Counts and times of the engine since it was started."""
         return self._engine.stats()
+
+    async def pause(self) -> None:
+        """Stop generating after the steps in hand. The methods from here to wake() are those of LLM."""
+        await asyncio.to_thread(self._engine.pause)
+
+    async def resume(self) -> None:
+        """Go on after pause()."""
+        await asyncio.to_thread(self._engine.resume)
+
+    async def update_weights(self, tensors: Mapping[str, Tensor], *, in_flight: InFlight = "finish") -> None:
+        """New values for the model's weights, in place, between two steps."""
+        await asyncio.to_thread(self._engine.update_weights, tensors, in_flight=in_flight)
+
+    async def sleep(self) -> None:
+        """Pause, and give memory back to the device."""
+        await asyncio.to_thread(self._engine.sleep)
+
+    async def wake(self) -> None:
+        """Undo sleep(), and go on."""
+        await asyncio.to_thread(self._engine.wake)
 
     def close(self) -> None:
         """End the engine, waiting for the step in hand. Iterators that still wait raise EngineDeadError.
@@ -125,6 +169,7 @@ class AsyncLLM:
         await asyncio.to_thread(self._close, patience())
 
     def _close(self, wait_seconds: float) -> None:
+        self.loaded.forms.close()
         self._engine.close(wait_seconds)
         self._desk.join()
 
@@ -160,13 +205,13 @@ class RequestStream(AsyncIterator[RequestOutput]):
         except BaseException:
             self.cancel()
             raise
-        self._over = generation.finish_reason is not None
+        self._over = generation.finished
         return generation.output(delta=self._kind == "delta")
 
     def cancel(self) -> None:
         """Cancel the request, if it has not ended; nothing more comes, and a task that waits for more is released."""
         self._over = True
-        self._desk.cancel(self._generation.request_id)
+        self._desk.cancel(self._generation)
 
     async def aclose(self) -> None:
         """cancel(), under the name that asynchronous generators have."""
@@ -174,21 +219,19 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def __del__(self) -> None:
         if not self._over:
-            self._desk.abandon(self._generation.request_id)
+            self._desk.abandon(self._generation)
 
     def _ready(self) -> bool:
         generation = self._generation
-        if generation.finish_reason is not None:
-            return True
-        return self._kind != "final" and len(generation.token_ids) > generation.read
+        return generation.finished or (self._kind != "final" and len(generation.unread) > 0)
 
 
 class _Desk:
     """Between the engine and the event loop. One thread carries each step's record over, in one call per step; all
     else happens on the loop, so nothing here needs a lock."""
 
-    def __init__(self, loaded: LoadedEngine) -> None:
-        self._engine: Engine = loaded.engine
+    def __init__(self, loaded: Loaded) -> None:
+        self._engine: EngineHandle = loaded.engine
         self._collector = Collector(loaded.tokenizer)
         self._waiting: dict[int, tuple[asyncio.Future[None], bool]] = {}
         self._failure: EngineFailure | None = None
@@ -214,8 +257,8 @@ class _Desk:
     def submit(self, prepared: Prepared) -> Generation:
         generation = self._collector.add(prepared)
         try:
-            self._engine.submit([prepared.request])
-        except EngineDeadError:
+            self._engine.submit(prepared.requests)
+        except GaplessError:
             self._collector.discard(prepared.request_id)
             raise
         return generation
@@ -235,18 +278,18 @@ class _Desk:
     def is_waiting(self, request_id: int) -> bool:
         return request_id in self._waiting
 
-    def cancel(self, request_id: int) -> None:
-        if self._collector.discard(request_id):
-            self._engine.cancel([request_id])
-            self._wake([request_id])
+    def cancel(self, generation: Generation) -> None:
+        if self._collector.discard(generation.request_id):
+            self._engine.cancel(generation.prepared.request_ids)
+            self._wake([generation.request_id])
 
-    def abandon(self, request_id: int) -> None:
+    def abandon(self, generation: Generation) -> None:
         """cancel() for the garbage collector, which may run in any thread."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self.cancel, request_id)
+            self._loop.call_soon_threadsafe(self.cancel, generation)
         except RuntimeError:  # the loop is closed
-            self._engine.cancel([request_id])
+            self._engine.cancel(generation.prepared.request_ids)
 
     def _carry(self, loop: asyncio.AbstractEventLoop) -> None:
         """The thread's work, until the engine's last record."""
@@ -277,8 +320,7 @@ class _Desk:
             self._wake(
                 each.request_id
                 for each in self._collector.take(record)
-                if each.request_id in self._waiting
-                and (each.finish_reason is not None or not self._waiting[each.request_id][1])
+                if each.request_id in self._waiting and (each.finished or not self._waiting[each.request_id][1])
             )
 
     def _wake(self, request_ids: Iterable[int]) -> None:

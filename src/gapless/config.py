@@ -80,6 +80,8 @@ class EngineConfig:
     dtype               of weights, activations and KV cache; None: float32 on CPU, bfloat16 on CUDA.
     device              "cpu", "cuda" or "cuda:1"; None: CUDA when there is one.
     attention           attention backend by name; None: the fastest one that runs there.
+    deterministic       batch-invariant mode: a request's tokens and log probabilities are the same to the bit whatever
+                        else is in its steps, at any lookahead, chunking or cache hit, on one kind of device. Slower.
     seed                seeds the requests that bring none of their own.
     stall_seconds       with work to do and no step ended for so long, those who wait get EngineDeadError; 0: never.
                         A step that compiles kernels may take minutes.
@@ -100,6 +102,7 @@ class EngineConfig:
     dtype: Dtype | None = None
     device: str | None = None
     attention: str | None = None
+    deterministic: bool = False
     seed: int = 0
     stall_seconds: float = STALL_SECONDS
 
@@ -147,6 +150,8 @@ class SchedulerLimits:
     block_size: int
     num_blocks: int
     prefix_cache: bool = True
+    max_line_numbers: int = 2**16  # of the features of rows that are taken in one step
+    num_processors: int = 0
 
     @property
     def block_columns(self) -> int:

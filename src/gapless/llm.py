@@ -9,16 +9,19 @@ from contextlib import closing
 from types import TracebackType
 from typing import Self, Unpack, cast
 
+from torch import Tensor
+
 from gapless.collector import Collector, Generation, Prepared, dead_engine
 from gapless.config import EngineConfig
-from gapless.engine.core import EngineFailure, EngineStats
+from gapless.engine.core import EngineFailure, EngineStats, InFlight
 from gapless.errors import InvalidRequestError
 from gapless.loading import EngineOptions, Load, LoadedEngine, engine_config, load_engine
+from gapless.logits_processor import LogitsProcessor
 from gapless.outcome import Committed
 from gapless.outputs import RequestOutput, TextDelta
+from gapless.params import SamplingParams
 from gapless.progress import Progress
 from gapless.prompts import ChatPrompt, Prompt, is_single
-from gapless.request import SamplingParams
 from gapless.text.messages import Message
 from gapless.turns import TurnLine
 
@@ -37,6 +40,7 @@ class LLM:
     load       "random" fills the model with random numbers instead of its weights.
     shape      with load="random": a named shape or a config.json; it brings no tokenizer.
     tokenizer  a folder with a tokenizer.json to use in place of the model's.
+    logits_processors  code of your own between scores and choice: see gapless.LogitsProcessor.
     config     how the engine runs it; `options` are its fields by name and go over it.
 
     Threads may share an LLM: calls take turns, first come, first served. An unfinished stream keeps its turn until it
@@ -55,10 +59,13 @@ class LLM:
         shape: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **options: Unpack[EngineOptions],
     ) -> None:
         merged = engine_config(config, options)
-        self._start(load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer))
+        self._start(
+            load_engine(model, merged, load=load, shape=shape, tokenizer=tokenizer, logits_processors=logits_processors)
+        )
 
     @classmethod
     def from_loaded(cls, loaded: LoadedEngine) -> Self:
@@ -135,7 +142,7 @@ class LLM:
     # ---------------------------------------------------------------- streams
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[TextDelta]:
-        """Text as it comes, of all prompts at once. Leaving the iterator cancels the rest.
+        """Text as it comes, of all prompts and their continuations at once. Leaving the iterator cancels the rest.
 
         Everything is validated before this returns. Raises InvalidRequestError; on the way EngineDeadError.
         """
@@ -146,13 +153,23 @@ class LLM:
         with closing(self._drive(prepared, None)) as steps:
             for _, changed in steps:
                 for generation in changed:
-                    text, token_ids = generation.advance()
-                    yield TextDelta(places[generation.request_id], text, token_ids, generation.finish_reason)
+                    place = places[generation.request_id]
+                    for new in (each.advance() for each in generation.unread):
+                        yield TextDelta(
+                            index=place,
+                            text=new.text,
+                            token_ids=new.token_ids,
+                            finish_reason=new.finish_reason,
+                            continuation=new.index,
+                            logprobs=new.logprobs,
+                            error=new.error,
+                            restarted=new.restarted,
+                        )
 
     # ------------------------------------------------- for long lists of work
 
     def prepare(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Prepared:
-        """Check one request and give it its id, for one run(). Nothing is queued. Raises InvalidRequestError."""
+        """Check one prompt and give it its ids, for one run(). Nothing is queued. Raises InvalidRequestError."""
         prepared = self.loaded.prepare(prompt, sampling_params)
         self._unused.add(prepared)
         return prepared
@@ -160,9 +177,9 @@ class LLM:
     def run(
         self, prepared: Iterable[Prepared | None], *, window: int | None = None, progress: Progress | None = None
     ) -> Generator[RequestOutput]:
-        """Results as they are finished, of requests from prepare() that are drawn from an iterable as room comes up.
+        """Results as they are finished, of prompts from prepare() that are drawn from an iterable as room comes up.
 
-        window  most requests drawn and not finished; None: all at once.
+        window  most prompts drawn and not finished; None: all at once.
         A None from `prepared` says that nothing is there yet: it is asked again after the next step of the engine, or
         at once if nothing is running, so then it should wait.
 
@@ -171,22 +188,60 @@ class LLM:
         """
         with closing(self._drive(prepared, window)) as steps:
             for record, changed in steps:
-                ended = [each for each in changed if each.finish_reason is not None]
+                ended = [each for each in changed if each.finished]
                 for generation in ended:
                     yield generation.output()
                 if progress is not None:
-                    tokens = record.tokens.size
-                    progress.advance(tokens=tokens, running=tokens - len(ended), finished=len(ended))
+                    progress.advance(tokens=record.tokens.size, running=len(changed) - len(ended), finished=len(ended))
 
     def stats(self) -> EngineStats:
         """Counts and times of the engine since it was started."""
         return self._engine.stats()
+
+    # ------------------------------------------------------- between steps
+
+    def pause(self) -> None:
+        """Stop generating after the steps in hand, from any thread; what runs keeps what it has. See resume().
+
+        Returns once nothing runs on the device. Raises EngineDeadError.
+        """
+        self._engine.pause()
+
+    def resume(self) -> None:
+        """Go on after pause(). Raises ConfigError while the model sleeps; EngineDeadError."""
+        self._engine.resume()
+
+    def update_weights(self, tensors: Mapping[str, Tensor], *, in_flight: InFlight = "finish") -> None:
+        """Put new values into the model's weights, in place, between two steps, from any thread.
+
+        tensors    by their Hugging Face names, all or some; on any device, in any float type.
+        in_flight  what becomes of requests that have begun: "finish", they end first with the old weights while new
+                   ones wait; "continue", their KV is computed again and they go on after the tokens they have;
+                   "restart", they begin again, and streams get a delta that is `restarted`.
+
+        Raises CorruptModelError for a name or a shape that the model does not have, with nothing changed;
+        ConfigError while the model sleeps; EngineDeadError.
+        """
+        self._engine.update_weights(tensors, in_flight=in_flight)
+
+    def sleep(self) -> None:
+        """Pause, and give the memory of weights, KV cache and graphs back to the device; the weights go to the host's.
+
+        What runs is computed again after wake(). On a CPU nothing is given back. Raises EngineDeadError.
+        """
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Undo sleep(), and go on. Raises OutOfMemoryError if the memory is not free any more: the model sleeps on
+        then; EngineDeadError."""
+        self._engine.wake()
 
     def close(self) -> None:
         """End the engine; a call that still waits in another thread gets EngineDeadError. May be called again.
 
         Waits for the step in hand: at most stall_seconds, and 5 s while KeyboardInterrupt or SystemExit is handled.
         """
+        self.loaded.forms.close()
         self._engine.close()
 
     # --------------------------------------------------------------- internal
@@ -215,7 +270,7 @@ class LLM:
     def _drive(
         self, prepared: Iterable[Prepared | None], window: int | None
     ) -> Generator[tuple[Committed, list[Generation]]]:
-        """Keep up to `window` requests in the engine; give each step's record and the generations it changed."""
+        """Keep up to `window` prompts in the engine; give each step's record and the generations it changed."""
         with self._turns.turn(self._engine.check_alive) as turn:
             collector = Collector(self.loaded.tokenizer)
             source = iter(prepared)
@@ -251,7 +306,7 @@ class LLM:
         for each in batch:
             collector.add(each)
         if batch:
-            self._engine.submit(each.request for each in batch)
+            self._engine.submit(request for each in batch for request in each.requests)
         return more if room > 0 else False
 
     def _use(self, prepared: Prepared) -> None:

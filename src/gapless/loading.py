@@ -7,8 +7,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -21,11 +21,14 @@ from gapless.config import Dtype, EngineConfig, ModelConfig
 from gapless.device import Device, open_device
 from gapless.engine.build import build_engine
 from gapless.engine.core import Engine
+from gapless.engine.handle import EngineHandle
 from gapless.errors import ConfigError, OutOfMemoryError
+from gapless.forms import Forms
+from gapless.logits_processor import LogitsProcessor
 from gapless.models.layers import make_ops
 from gapless.models.registry import build_model
+from gapless.params import SamplingParams
 from gapless.prompts import Prompt, PromptEncoder
-from gapless.request import SamplingParams
 from gapless.sampling import make_sampler
 from gapless.text.chat import ChatTemplate
 from gapless.text.tokenizer import Tokenizer
@@ -58,41 +61,63 @@ class EngineOptions(TypedDict, total=False):
     dtype: Dtype | None
     device: str | None
     attention: str | None
+    deterministic: bool
     seed: int
     stall_seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoadedEngine:
-    """A running engine with what turns text into its token ids and back; neither for a shape without a tokenizer.
+class Loaded:
+    """An engine, wherever it runs, with what turns text into its token ids and back; neither for a shape without a
+    tokenizer.
 
     `config` is as it was given, with dtype and device filled in.
     """
 
-    engine: Engine
+    engine: EngineHandle
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     model_name: str
     device_name: str
     config: EngineConfig
+    forms: Forms = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        model = self.engine.admission.model
+        object.__setattr__(self, "forms", Forms(self.tokenizer, model.vocab_size, model.eos_token_ids))
 
     @property
     def encoder(self) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, self.chat_template)
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> Prepared:
-        """Check a request and give it its id. Nothing is queued. Raises InvalidRequestError."""
+        """Check a prompt and give each of its continuations an id. Nothing is queued. Raises InvalidRequestError."""
         params = params or SamplingParams()
-        encoder = self.encoder
+        encoder, admission = self.encoder, self.engine.admission
         encoded, stops = encoder.encode(prompt), encoder.stops(params)
-        request = self.engine.make_request(
-            encoded.token_ids, params, priority=encoded.priority, cache_salt=encoded.cache_salt, stops=stops
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else admission.model.eos_token_ids)}
+        first = admission.make_request(
+            encoded.token_ids,
+            params,
+            priority=encoded.priority,
+            cache_salt=encoded.cache_salt,
+            stops=stops,
+            bad_words=encoder.bad_words(params, ends if params.min_tokens else ()),
+            form=self.forms.form_of(params, encoded.token_ids, ends),
         )
-        return Prepared(request, encoded.text)
+        requests = (first, *admission.make_continuations(first))
+        return Prepared(requests, encoded.text, encoder.echo(encoded, params))
 
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None and self.chat_template.source is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedEngine(Loaded):
+    """One whose engine runs in this process."""
+
+    engine: Engine
 
 
 def engine_config(config: EngineConfig | None, options: EngineOptions) -> EngineConfig:
@@ -114,6 +139,7 @@ def load_engine(
     shape: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     trace: Trace | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> LoadedEngine:
     """Load a model and start its engine.
 
@@ -122,6 +148,7 @@ def load_engine(
     shape      with load="random": a named shape or a config.json; `model` is not looked at.
     tokenizer  a folder with a tokenizer.json to use in place of the model's.
     trace      writes down what the engine does when.
+    logits_processors  code between the model's scores and the choice of tokens: see logits_processor.py.
 
     Raises ConfigError, ModelError, OutOfMemoryError.
     """
@@ -138,12 +165,12 @@ def load_engine(
             _tensors(source, load, device.torch_device, dtype, config.seed),
             device=device.torch_device,
             dtype=dtype,
-            attention=make_attention(config.attention, device.torch_device),
+            attention=make_attention(config.attention, device.torch_device, deterministic=config.deterministic),
             max_position=min(config.max_model_len or limit, limit),
-            ops=make_ops(device.torch_device, _choices_file(device)),
+            ops=make_ops(device.torch_device, _choices_file(device), deterministic=config.deterministic),
         )
         words = _open_tokenizer(source, tokenizer)
-        engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype, parts)
+        engine = build_engine(built, config, device, make_sampler(device.torch_device), dtype, parts, logits_processors)
     except BaseException as error:
         device.close()
         if isinstance(error, torch.OutOfMemoryError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from gapless.request import Request
 
 Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
+_NOTHING = np.zeros(0, dtype=np.int32)
 PLACEHOLDER = -1
 """Stands for an input token that the host does not know yet; the device puts in the row's last token."""
 
@@ -42,6 +44,75 @@ class RowParams:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowLines:
+    """What rows that were taken in this step ask of their logits, and their tokens that no step feeds. A rows.
+
+    A row whose features on the device are of an earlier owner has an empty line, too.
+
+    begins_A1  where each line begins and ends in lines_P
+    lines_P    see sampling/records.py
+    tokens_K   of rows that count their tokens: those before the first that is fed, found in the prefix cache; with
+               their rows and positions
+    arguments_G  float32 bits: for each row an argument for each of the engine's logits processors
+    """
+
+    rows_A: Ints
+    begins_A1: Ints
+    lines_P: Ints
+    tokens_K: Ints
+    token_rows_K: Ints
+    positions_K: Ints
+    arguments_G: Ints
+
+    @classmethod
+    def of(cls, lines: Mapping[int, Ints], skipped: Mapping[int, Ints], arguments: Mapping[int, Floats]) -> RowLines:
+        """From lines, skipped tokens and arguments by row: arguments for all of `lines` or for none."""
+        begins = np.zeros(len(lines) + 1, dtype=np.int32)
+        np.cumsum([line.size for line in lines.values()], out=begins[1:])
+        sizes = [tokens.size for tokens in skipped.values()]
+        return cls(
+            rows_A=np.asarray(list(lines), dtype=np.int32),
+            begins_A1=begins,
+            lines_P=np.concatenate([_NOTHING, *lines.values()]),
+            tokens_K=np.concatenate([_NOTHING, *skipped.values()]),
+            token_rows_K=np.repeat(np.asarray(list(skipped), dtype=np.int32), sizes),
+            positions_K=np.concatenate([_NOTHING, *(np.arange(size, dtype=np.int32) for size in sizes)]),
+            arguments_G=np.concatenate([_NOTHING, *(each.view(np.int32) for each in arguments.values())]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptScores:
+    """Tokens of prompts whose log probabilities are asked for: of the token after each of these. Q tokens.
+
+    request_ids_Q  whose prompt
+    positions_Q    of the token that is fed, the one before it
+    indices_Q      of the token that is fed among the tokens of the step
+    targets_Q      the token
+    wanted_Q       how many of the likeliest are asked for, too
+    """
+
+    request_ids_Q: NDArray[np.int64]
+    positions_Q: Ints
+    indices_Q: Ints
+    targets_Q: Ints
+    wanted_Q: Ints
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[Request, int, int, int]]) -> PromptScores:
+        """Of each request the fed positions, first and end, and the index of the first of them."""
+        sizes = [end - first for _, first, end, _ in pieces]
+        positions = [np.arange(first, end, dtype=np.int32) for _, first, end, _ in pieces]
+        return cls(
+            request_ids_Q=np.repeat(np.asarray([each[0].request_id for each in pieces], dtype=np.int64), sizes),
+            positions_Q=np.concatenate(positions),
+            indices_Q=np.concatenate([at - at[0] + piece[3] for at, piece in zip(positions, pieces, strict=True)]),
+            targets_Q=np.concatenate([each[0].prompt[each[1] + 1 : each[2] + 1] for each in pieces]),
+            wanted_Q=np.repeat(np.asarray([each[0].params.prompt_logprobs for each in pieces], dtype=np.int32), sizes),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """What one step runs. Entries that have exactly one query token come first.
 
@@ -55,6 +126,12 @@ class Plan:
     block_*_U        block table columns that were filled for this step: table[row, column] = block
     params           sampling parameters of newly taken rows
     all_greedy       no entry needs a random number
+    lines            what new rows ask of their logits, None if there is nothing to send
+    featured         an entry asks something of its logits, so counts and edits are to be made
+    masked           a sampled token must fit the form of its answer: sampling waits for masks
+    processed        logits processors are to be run
+    logprobs         log probabilities of sampled tokens are asked for
+    scores           and these of prompts
     continues        the entries are those of the step before, all decode again, and no row is new: each is a position
                      further, and its token is the one that it sampled then
     """
@@ -72,6 +149,12 @@ class Plan:
     block_ids_U: Ints
     params: RowParams
     all_greedy: bool
+    lines: RowLines | None = None
+    featured: bool = False
+    masked: bool = False
+    processed: bool = False
+    logprobs: bool = False
+    scores: PromptScores | None = None
     continues: bool = False
 
     @property
@@ -80,7 +163,6 @@ class Plan:
         return self.num_tokens == self.rows_E.size == self.num_samples and not self.params.rows_A.size
 
 
-_NOTHING = np.zeros(0, dtype=np.int32)
 NO_PARAMS = RowParams.of({})
 
 

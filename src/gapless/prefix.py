@@ -10,6 +10,7 @@ from hashlib import sha256
 
 from gapless.plan import Ints
 
+DIGEST_BYTES = 32
 ROOT = b"the salt before the first block:"  # no salt can look like a digest and the tokens behind it
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeGuard, cast
 
@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapless.errors import InvalidRequestError
-from gapless.request import MAX_PRIORITY, SamplingParams, StopTexts
+from gapless.params import MAX_BAD_WORD_TOKENS, SamplingParams
+from gapless.request import MAX_PRIORITY, StopTexts
+from gapless.sampling.features import MAX_BAD_WORDS, MAX_BANS
 from gapless.text.chat import ChatTemplate
 from gapless.text.messages import Message
 from gapless.text.tokenizer import Tokenizer
@@ -112,10 +114,46 @@ class PromptEncoder:
             raise InvalidRequestError("this model was loaded without a tokenizer: there is no text to find `stop` in")
         return self.tokenizer.stop_strings(tuple(params.stop))
 
-    def _tokens_of(self, text: str) -> list[int]:
+    def echo(self, encoded: Encoded, params: SamplingParams) -> str:
+        """What the text of the answer begins with. Raises InvalidRequestError if this model has no tokenizer."""
+        if not params.echo:
+            return ""
+        if self.tokenizer is None:
+            raise InvalidRequestError("this model was loaded without a tokenizer: there is no text to echo")
+        return self.tokenizer.decode(list(encoded.token_ids)) if encoded.text is None else encoded.text
+
+    def bad_words(self, params: SamplingParams, ends: Collection[int]) -> list[tuple[int, ...]]:
+        """The token sequences of params.bad_words: a text as it is tokenised at the beginning and after a space.
+
+        ends  token ids that take up room beside those of one token.
+
+        Raises InvalidRequestError if they are too many or too long, or this model has no tokenizer.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            if not isinstance(word, str):
+                found[tuple(word)] = None
+                continue
+            for text in (word, f" {word}"):
+                ids = tuple(self._tokens_of(text, add_special_tokens=False))
+                if not 0 < len(ids) <= MAX_BAD_WORD_TOKENS:
+                    raise InvalidRequestError(
+                        f"a bad word has 1 to {MAX_BAD_WORD_TOKENS} tokens; {text!r:.99} has {len(ids)}"
+                    )
+                found[ids] = None
+        single = {*ends, *(ids[0] for ids in found if len(ids) == 1)}
+        several = sum(len(ids) > 1 for ids in found)
+        if several > MAX_BAD_WORDS or len(single) > MAX_BANS:
+            raise InvalidRequestError(
+                f"bad_words may come to {MAX_BAD_WORDS} sequences of several tokens and {MAX_BANS} single tokens, "
+                f"counting those that min_tokens holds back; here they are {several} and {len(single)}"
+            )
+        return list(found)
+
+    def _tokens_of(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError("this model was loaded without a tokenizer: give prompt_token_ids")
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _chat(self, messages: Any) -> tuple[str, list[int]]:
         if self.tokenizer is None or self.chat_template is None:

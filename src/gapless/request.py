@@ -1,26 +1,23 @@
-"""What a caller asks for: sampling parameters and requests, checked when they are made."""
+"""What a caller asks for, as the scheduler takes it."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gapless.errors import EmptyPromptError, InvalidRequestError
+from gapless.params import SamplingParams
 
-MAX_STOP_TOKEN_IDS = 64
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
-MAX_SEED = 2**64
 MAX_PRIORITY = 1000
 PRIORITY_ARRIVALS = 1000
 """A request may overtake so many earlier ones for each step of priority; so no later one overtakes for ever."""
+NO_LINE: Final = np.zeros(0, dtype=np.int32)
+NO_ARGUMENTS: Final = np.zeros(0, dtype=np.float32)
 
 
 class StopTexts(Protocol):
@@ -36,76 +33,48 @@ class StopTexts(Protocol):
         ...
 
 
+class TokenMasks(Protocol):
+    """Which tokens may come next in one sequence, as a grammar or a function of the caller says: see masks.py."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it can not go on. Set in a fill, by what the caller wrote or by a limit."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """The sequence has this token."""
+        ...
+
+    def fill(self, mask_W: NDArray[np.int32]) -> None:
+        """Set bit t % 32 of word t // 32 for each token t that may come next, and no other."""
+        ...
+
+
+@runtime_checkable
+class ManyMasks(Protocol):
+    """TokenMasks that take many sequences at a time."""
+
+    @staticmethod
+    def fill_many(accepts: Sequence[tuple[Any, int]], fills: Sequence[tuple[Any, int]], mask_MW: Any) -> None:
+        """accept() for each of the first, in their order, then fill() with its line of mask_MW for each of these."""
+        ...
+
+
+class Form(Protocol):
+    """A form that answers must have: of a request, shared by its sequences."""
+
+    def start(self) -> TokenMasks:
+        """For a sequence that has no token of its answer yet."""
+        ...
+
+
 class FinishReason(Enum):
     """Why a request ended. The values are the field's words, as clients expect them."""
 
     STOP = "stop"  # an end-of-sequence or stop token was sampled, or a stop string completed
     LENGTH = "length"  # max_tokens or the context limit was reached
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the tokens of one request are chosen.
-
-    temperature     0 is greedy; otherwise logits are divided by it.
-    top_k           keep the k most likely tokens; 0 keeps all.
-    top_p           keep the smallest set of most likely tokens whose probability reaches top_p (0 < top_p <= 1).
-    min_p           drop tokens less likely than min_p times the likeliest one (0 <= min_p <= 1).
-    seed            fixes the random numbers of this request: they depend on (seed, position) and nothing else.
-                    None: derived from the engine's seed and the order of arrival.
-    max_tokens      the most new tokens; None: up to the context limit.
-    stop            the request ends as soon as its text has one of these strings (1 to 16 of them, each of 1 to 256
-                    characters; a single one may be given as it is). The text ends before it.
-    include_stop_str_in_output  the text ends with it.
-    stop_token_ids  these token ids end the request as end-of-sequence does, even under ignore_eos.
-    ignore_eos      do not stop at the model's end-of-sequence tokens.
-
-    Filters apply in the order temperature, top_k, top_p, min_p. Tokens that tie with the last one kept are kept.
-    Raises InvalidRequestError for a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = 256
-    stop: Sequence[str] = ()  # a string is one, too; a tuple of strings once it is checked
-    include_stop_str_in_output: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0, MAX_SEED - 1)
-        if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
-            raise InvalidRequestError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids, not {len(self.stop_token_ids)}")
-        for token in self.stop_token_ids:
-            _check_integer("stop_token_ids", token, 0, 2**31 - 1)
-        # numpy's numbers are welcome, but not their arithmetic
-        for name in ("temperature", "top_p", "min_p"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("top_k", "seed", "max_tokens"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else int(value))
-        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
+    ERROR = "error"  # of this request alone: its form could not be followed any more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +90,11 @@ class Request:
     salt        only requests with the same one share KV blocks.
     digests     of the prompt's full KV blocks, see prefix.py; none without a prefix cache.
     stops       of params.stop, None if there are none.
+    leader      the request whose prompt this one shares and waits for, as one of n; -1 for none.
+    line        what it asks of its logits, as the device's tables take it (sampling/records.py); empty for a plain one.
+    counts      whether the device counts its tokens: of every token that it has or skips, for `line`'s sake.
+    form        the form of its answer, None for any.
+    arguments   float32, for each of the engine's logits processors; NaN where the request does not use it.
     """
 
     request_id: int
@@ -133,6 +107,11 @@ class Request:
     salt: bytes = b""
     digests: tuple[bytes, ...] = ()
     stops: StopTexts | None = None
+    leader: int = -1
+    line: NDArray[np.int32] = field(default_factory=lambda: NO_LINE)
+    counts: bool = False
+    form: Form | None = None
+    arguments: NDArray[np.float32] = field(default_factory=lambda: NO_ARGUMENTS)
 
     @property
     def rank(self) -> int:
@@ -160,34 +139,3 @@ def prompt_array(token_ids: Sequence[int] | NDArray[Any], vocab_size: int) -> ND
             f"token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab_size - 1})"
         )
     return np.array(wide, dtype=np.int32)
-
-
-def _stop_strings(value: object) -> tuple[str, ...]:
-    strings: object = (value,) if isinstance(value, str) else value
-    if strings is None:
-        return ()
-    if not isinstance(strings, Sequence):
-        raise InvalidRequestError(f"stop must be a string or a list of strings, not {value!r}")
-    found = tuple(cast("Sequence[object]", strings))
-    if len(found) > MAX_STOPS:
-        raise InvalidRequestError(f"at most {MAX_STOPS} stop strings, not {len(found)}")
-    for each in found:
-        if not isinstance(each, str) or not 0 < len(each) <= MAX_STOP_LENGTH:
-            raise InvalidRequestError(f"a stop string has 1 to {MAX_STOP_LENGTH} characters, not {each!r:.300}")
-    return cast("tuple[str, ...]", found)
-
-
-def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InvalidRequestError(f"{name} must be a finite number, not {value!r}")
-    number = float(value)
-    if number < low or number > high or (open_low and number == low):
-        bracket = "above" if open_low else "at least"
-        raise InvalidRequestError(f"{name} must be {bracket} {low:g} and at most {high:g}, not {value!r}")
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InvalidRequestError(f"{name} must be an integer, not {value!r}")
-    if value < low or value > high:
-        raise InvalidRequestError(f"{name} must be between {low} and {high}, not {value}")

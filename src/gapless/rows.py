@@ -38,6 +38,12 @@ class RowTable:
     last_step  newest step that has this row, -1 for none
     rank       of its request: the lower, the earlier it is served
     stop_line  of its stop strings in the StopTable
+    featured   whether it asks something of its logits
+    stale      whether the device's tables have an earlier owner's features
+    processed  whether it has arguments for logits processors
+    masked     whether its answer must have a form
+    logprobs   how many logprobs beside the sampled token's; -1: none at all
+    scores     the same of the prompt
     """
 
     def __init__(self, rows: int, max_length: int, columns: int) -> None:
@@ -53,6 +59,12 @@ class RowTable:
         self.last_step = np.full(rows, -1, dtype=np.int64)
         self.greedy = np.ones(rows, dtype=np.bool_)
         self.stop_line = np.zeros(rows, dtype=np.int32)
+        self.featured = np.zeros(rows, dtype=np.bool_)
+        self.stale = np.zeros(rows, dtype=np.bool_)
+        self.masked = np.zeros(rows, dtype=np.bool_)
+        self.processed = np.zeros(rows, dtype=np.bool_)
+        self.logprobs = np.full(rows, -1, dtype=np.int8)
+        self.scores = np.full(rows, -1, dtype=np.int8)
         self.stop_ids = np.full((rows, MIN_STOP_WIDTH), PLACEHOLDER, dtype=np.int32)
         # Zeroed pages are not touched before they are written, so unused context costs no memory.
         self.tokens = np.zeros((rows, max_length), dtype=np.int32)
@@ -70,6 +82,11 @@ class RowTable:
         self.num_blocks[row] = 0
         self.last_step[row] = -1
         self.greedy[row] = request.params.greedy
+        self.featured[row] = request.line.size > 0
+        self.masked[row] = request.form is not None
+        self.processed[row] = request.arguments.size > 0 and not np.isnan(request.arguments).all()
+        self.logprobs[row] = -1 if request.params.logprobs is None else request.params.logprobs
+        self.scores[row] = -1 if request.params.prompt_logprobs is None else request.params.prompt_logprobs
         self.tokens[row, :size] = tokens
         self._set_stop_ids(row, request)
 
@@ -115,6 +132,10 @@ class RowSet:
     has_stop_strings: bool
     ones: Ints
     all_greedy: bool
+    featured: bool
+    masked: bool
+    processed: bool
+    logprobs: bool
 
     @classmethod
     def of(cls, table: RowTable, rows: Ints) -> Self:
@@ -127,4 +148,8 @@ class RowSet:
             has_stop_strings=bool(lines.any()),
             ones=np.ones_like(rows),
             all_greedy=bool(table.greedy[rows].all()),
+            featured=bool(table.featured[rows].any()),
+            masked=bool(table.masked[rows].any()),
+            processed=bool(table.processed[rows].any()),
+            logprobs=bool((table.logprobs[rows] >= 0).any()),
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from gapless.plan import Ints
-from gapless.request import Request
+from gapless.request import Request, TokenMasks
 
 MANY_ENDED = 64  # fewer ended requests in the queue are not worth rebuilding it
 
@@ -20,6 +20,8 @@ class SequenceState:
     computed    how many of them had been computed when it lost its row
     digests     of its full blocks, those of the prompt from the beginning on; empty without a prefix cache
     registered  blocks of its row that can be found by their digests, or hold what another does
+    masks       of its form, None without one
+    scored      tokens of the prompt whose logprobs have been scheduled
     cached      tokens that were found in the prefix cache when it got its first row; -1 before
     """
 
@@ -30,6 +32,8 @@ class SequenceState:
     digests: list[bytes] = field(default_factory=list[bytes])
     registered: int = 0
     cached: int = -1
+    masks: TokenMasks | None = None
+    scored: int = 0
 
 
 class WaitingQueue:
@@ -58,6 +62,13 @@ class WaitingQueue:
     def pop(self) -> None:
         """Take out what `first` gave."""
         heapq.heappop(self._heap)
+
+    def keep(self, begun: Callable[[SequenceState], bool]) -> list[SequenceState]:
+        """Take out all others, to be pushed again later. The cost grows with the queue."""
+        fresh = [sequence for _, sequence in self._heap if not begun(sequence)]
+        self._heap = [each for each in self._heap if begun(each[1])]
+        heapq.heapify(self._heap)
+        return fresh
 
     def one_ended(self, unfinished: Container[int]) -> None:
         """A request in here has ended. Drops such requests once they are the larger part."""

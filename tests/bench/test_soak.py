@@ -13,8 +13,8 @@ from gapless.bench.soak import STEADY_STEPS, CountingDevice, Readings, Soak, Soa
 from gapless.cli.main import main
 from gapless.config import SchedulerLimits
 from gapless.engine.loop import Loop
-from gapless.outcome import Committed
-from gapless.plan import Ints, Plan
+from gapless.outcome import Committed, Sampled
+from gapless.plan import Plan
 from gapless.request import FinishReason
 from gapless.scheduler import Scheduler
 
@@ -49,7 +49,7 @@ def test_no_lookahead_leaves_anything_behind(lookahead: int):
 
 def test_every_way_to_end_and_preemption_are_part_of_the_churn():
     report = Soak.build(rows=16, lookahead=1).run(4_000, windows=2)
-    assert set(report.ended) == set(FinishReason)
+    assert set(report.ended) == set(FinishReason) - {FinishReason.ERROR}
     assert min(report.ended.values()) > 20
     assert min(report.stats.preemptions, report.stats.recomputed_tokens, report.stats.overshoot_rows) > 20
 
@@ -78,7 +78,7 @@ class KeepsCommitted(Scheduler):
         super().__init__(limits)
         self.kept: list[Committed] = []
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         self.kept.append(super().commit(plan, sampled))
         return self.kept[-1]
 

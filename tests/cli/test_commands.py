@@ -96,13 +96,16 @@ def test_what_only_the_model_can_tell_is_refused_too(gapless: Gapless, options: 
     assert "outside the vocabulary" in ran.err
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
+def test_debug_shows_the_traceback_and_keeps_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     from gapless.cli.main import main
-    from gapless.errors import ConfigError
 
     monkeypatch.setenv("GAPLESS_DEBUG", "1")
-    with pytest.raises(ConfigError):
+    with pytest.raises(SystemExit) as left:
         main(["generate"])
+    assert left.value.code == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_command_line_goes_over_the_environment_over_the_file_over_the_default(

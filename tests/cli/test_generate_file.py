@@ -48,6 +48,21 @@ def test_lines_of_every_form_are_answered(gapless: Gapless, options: list[str], 
     assert len(records[3]["token_ids"]) <= 2
 
 
+def test_an_answer_says_what_stopped_it_and_an_input_may_have_no_lines(
+    gapless: Gapless, options: list[str], tmp_path: Path
+):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    base = ["generate", *options, "--input", str(source), "--ignore-eos", "--max-tokens", "40"]
+    write_lines(source, [{"prompt": "abc", "temperature": 0}])
+    [record] = map(json.loads, gapless(*base).out.splitlines())
+    assert "stop_reason" not in record
+    stop = record["text"][3]
+    [record] = map(json.loads, gapless(*base, "--stop", stop).out.splitlines())
+    assert (record["finish_reason"], record["stop_reason"]) == ("stop", stop)
+    source.write_text("")
+    assert gapless(*base, "--output", str(target)).err == "gapless: the input has no lines\n"
+
+
 def test_bad_lines_are_named_and_the_others_still_run(gapless: Gapless, options: list[str], tmp_path: Path):
     deep = "[" * 100_000
     lines: list[dict[str, Any] | str] = [

@@ -40,6 +40,7 @@ def generated(shape: Path, attention: str, lookahead: int) -> int:
         max_rows=6,
         max_batch_tokens=128,
         num_blocks=120,
+        prefix_cache=False,
         max_model_len=512,
     )
     engine = RandomEngine(str(shape), config)

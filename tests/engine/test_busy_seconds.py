@@ -10,7 +10,7 @@ from gapless.config import EngineConfig
 from gapless.device.sim import SimDevice, TimedOrder
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.sampling import make_sampler
 
 DEVICE = 1e-3

@@ -27,7 +27,8 @@ from gapless.engine.core import Engine, EngineFailure
 from gapless.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from gapless.models.base import Model
 from gapless.outcome import Finished
-from gapless.request import FinishReason, Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import FinishReason, Request
 from gapless.sampling import make_sampler
 from support.hash_model import HashModel, expected_tokens
 from support.waiting import eventually
@@ -94,7 +95,7 @@ def test_requests_from_many_threads_all_get_their_tokens(engine: Engine):
     lock = threading.Lock()
 
     def submit(number: int) -> None:
-        request = engine.make_request([number, number + 1], GREEDY)
+        request = engine.admission.make_request([number, number + 1], GREEDY)
         with lock:
             made.append(request)
         engine.submit([request])
@@ -111,7 +112,7 @@ def test_requests_from_many_threads_all_get_their_tokens(engine: Engine):
 
 def test_an_engine_that_starts_idle_wakes_at_once_and_goes_idle_again(engine: Engine):
     for _ in range(20):
-        request = engine.make_request([1], GREEDY)
+        request = engine.admission.make_request([1], GREEDY)
         engine.submit([request])
         tokens, _ = collect(engine, [request])
         assert len(tokens[request.request_id]) == 20
@@ -170,7 +171,7 @@ def test_an_idle_engine_waits_for_the_bell_without_looking_up():
     engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"))
     for turn in range(3):
         eventually(lambda: len(engine.bell.timeouts) > turn)  # noqa: B023
-        request = engine.make_request([1], GREEDY)
+        request = engine.admission.make_request([1], GREEDY)
         engine.submit([request])
         collect(engine, [request])
     engine.close()
@@ -179,7 +180,7 @@ def test_an_idle_engine_waits_for_the_bell_without_looking_up():
 
 def test_a_request_that_comes_when_the_inbox_was_just_found_empty_is_not_slept_through():
     engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"))
-    first, late = engine.make_request([1], GREEDY), engine.make_request([2], GREEDY)
+    first, late = engine.admission.make_request([1], GREEDY), engine.admission.make_request([2], GREEDY)
     engine.inbox.late.append(late)
     engine.submit([first])
     tokens, _ = collect(engine, [first, late])
@@ -191,7 +192,7 @@ def test_the_bell_rings_once_everything_is_in_the_inbox():
     """Rung before, it could be heard and the inbox found empty: then what comes would be slept through."""
     model = GatedModel()
     engine = WatchedEngine(EngineConfig(max_rows=8, num_blocks=200, device="cpu"), model)
-    requests = [engine.make_request([n], GREEDY) for n in (1, 2)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in (1, 2)]
     engine.submit(requests)
     assert model.entered.wait(30)  # the bell was heard
     engine.cancel([request.request_id for request in requests])
@@ -205,7 +206,7 @@ def test_the_bell_rings_once_everything_is_in_the_inbox():
 def test_an_idle_engine_uses_no_cpu():
     others = set(threading.enumerate())
     engine = make_engine()
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     collect(engine, [request])
     [thread] = [t for t in set(threading.enumerate()) - others if t.name == "gapless-engine"]
@@ -223,7 +224,7 @@ def test_a_cancel_between_two_steps_ends_the_request_with_its_one_terminal_event
     model = GatedModel()
     engine = make_engine(model)
     try:
-        running, queued = (engine.make_request([n], GREEDY) for n in (1, 2))
+        running, queued = (engine.admission.make_request([n], GREEDY) for n in (1, 2))
         engine.submit([running])
         assert model.entered.wait(30)  # its first step is in flight
         engine.submit([queued])
@@ -232,7 +233,7 @@ def test_a_cancel_between_two_steps_ends_the_request_with_its_one_terminal_event
         tokens, ends = collect(engine, [running, queued])
         assert {end.reason for end in ends.values()} == {FinishReason.CANCELLED}
         assert ends[running.request_id].generated == len(tokens[running.request_id])
-        again = engine.make_request([3], GREEDY)
+        again = engine.admission.make_request([3], GREEDY)
         engine.submit([again])
         tokens, ends = collect(engine, [again])
         assert tokens[again.request_id] == expected_tokens([3], 21, [])
@@ -258,7 +259,7 @@ def test_a_cancel_takes_effect_with_the_step_in_hand(lookahead: int, known: int)
     """Only that step and those launched behind it run, and no more tokens come than they bring."""
     model = PausingModel(known)
     engine = make_engine(model, lookahead=lookahead)
-    request = engine.make_request([1], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    request = engine.admission.make_request([1], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
     engine.submit([request])
     assert model.entered.wait(30)
     eventually(lambda: engine.stats().scheduler.steps > known + lookahead)  # all that may be launched
@@ -274,7 +275,7 @@ def test_a_cancel_takes_effect_with_the_step_in_hand(lookahead: int, known: int)
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, steps: int):
     engine = make_engine(FailingModel(steps), lookahead=lookahead)
-    requests = [engine.make_request([n], GREEDY) for n in range(3)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in range(3)]
     engine.submit(requests)
     with pytest.raises(EngineDeadError, match="ArithmeticError: a kernel went wrong") as caught:
         collect(engine, requests)
@@ -284,7 +285,7 @@ def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, st
     assert not engine.alive
     engine.close()
     healthy = make_engine()
-    request = healthy.make_request([5], GREEDY)
+    request = healthy.admission.make_request([5], GREEDY)
     healthy.submit([request])
     assert collect(healthy, [request])[0][request.request_id] == expected_tokens([5], 21, [])
     healthy.close()
@@ -293,7 +294,7 @@ def test_a_failing_kernel_ends_the_engine_and_tells_everybody(lookahead: int, st
 @pytest.mark.parametrize("wait", [True, False])
 def test_who_asks_a_dead_engine_for_more_is_told_again_and_again(wait: bool):
     engine = make_engine(FailingModel(2))
-    engine.submit([engine.make_request([1], GREEDY)])
+    engine.submit([engine.admission.make_request([1], GREEDY)])
     while not isinstance(engine.next_output(), EngineFailure):
         pass
     for _ in range(2):
@@ -314,7 +315,7 @@ def test_waiters_are_told_even_if_the_device_can_not_be_closed():
     config = EngineConfig(max_rows=8, num_blocks=200, device="cpu")
     sampler = make_sampler(torch.device("cpu"))
     engine = build_engine(FailingModel(2), config, BrokenDevice(), sampler, torch.float32)
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     with pytest.raises(EngineDeadError, match="ArithmeticError: a kernel went wrong"):
         collect(engine, [request])
@@ -325,7 +326,7 @@ def test_a_process_that_leaves_a_running_engine_behind_ends_cleanly():
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from test_core import GREEDY, make_engine\n"
         "engine = make_engine()\n"
-        "engine.submit([engine.make_request([n], GREEDY) for n in range(60)])\n"
+        "engine.submit([engine.admission.make_request([n], GREEDY) for n in range(60)])\n"
         "engine.outputs.get()\n"
     )
     here = Path(__file__).parent
@@ -337,7 +338,7 @@ def test_a_process_that_leaves_a_running_engine_behind_ends_cleanly():
 def test_a_closed_engine_gives_its_model_back_and_can_itself_be_collected():
     model = HashModel()
     engine = make_engine(model)
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     collect(engine, [request])
     held, ended = weakref.ref(model), weakref.ref(engine)
@@ -353,7 +354,7 @@ def test_a_closed_engine_gives_its_model_back_and_can_itself_be_collected():
 def test_closing_ends_unfinished_requests_with_an_error_and_may_be_repeated():
     model = GatedModel()
     engine = make_engine(model)
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     assert model.entered.wait(30)
     closer = threading.Thread(target=engine.close)
@@ -368,7 +369,7 @@ def test_closing_ends_unfinished_requests_with_an_error_and_may_be_repeated():
 
 
 def test_the_stats_count_tokens_and_the_time_that_the_device_is_busy(engine: Engine):
-    requests = [engine.make_request([n], GREEDY) for n in range(8)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in range(8)]
     engine.submit(requests)
     collect(engine, requests)
     stats = engine.stats()

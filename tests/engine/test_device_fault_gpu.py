@@ -22,7 +22,7 @@ from gapless.device import open_device
 from gapless.engine.build import build_engine
 from gapless.engine.core import EngineFailure
 from gapless.errors import EngineDeadError
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.sampling import make_sampler
 from support.hash_model import HashModel
 
@@ -46,7 +46,7 @@ model.left = 10**9  # not while memory is measured
 engine = build_engine(model, config, device, make_sampler(GPU), torch.float32)
 model.left = 5
 params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
-requests = [engine.make_request([number], params) for number in range(4)]
+requests = [engine.admission.make_request([number], params) for number in range(4)]
 engine.submit(requests)
 ended = 0
 while not isinstance(record := engine.next_output(), EngineFailure):

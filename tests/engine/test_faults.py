@@ -21,9 +21,9 @@ from gapless.engine.build import build_loop
 from gapless.engine.core import Engine, EngineFailure
 from gapless.engine.loop import Loop
 from gapless.errors import EngineDeadError, InternalError, OutOfMemoryError
-from gapless.outcome import Committed
-from gapless.plan import Ints, Plan
-from gapless.request import SamplingParams
+from gapless.outcome import Committed, Sampled
+from gapless.params import SamplingParams
+from gapless.plan import Plan
 from gapless.sampling import make_sampler
 from gapless.scheduler import Scheduler
 from support.hash_model import HashModel, expected_tokens
@@ -55,7 +55,7 @@ class FailingScheduler(Scheduler):
         self._count("plan")
         return super().plan()
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         self._count("commit")
         return super().commit(plan, sampled)
 
@@ -126,7 +126,7 @@ def test_every_request_ends_with_the_cause_and_the_next_engine_works(
     built = Built(lookahead)
     engine = built.engine
     fault(built)
-    requests = [engine.make_request([n], GREEDY) for n in range(20)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in range(20)]
     engine.submit(requests)
     with pytest.raises(EngineDeadError, match=f"the engine failed: {cause.__name__}") as caught:
         collect(engine, requests)
@@ -139,7 +139,7 @@ def test_every_request_ends_with_the_cause_and_the_next_engine_works(
 
 
 def assert_healthy(engine: Engine) -> None:
-    requests = [engine.make_request([n], GREEDY) for n in range(3)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in range(3)]
     engine.submit(requests)
     tokens, _ = collect(engine, requests)
     assert [tokens[each.request_id] for each in requests] == [expected_tokens([n], 21, []) for n in range(3)]
@@ -148,7 +148,7 @@ def assert_healthy(engine: Engine) -> None:
 
 def test_a_request_that_is_submitted_twice_is_our_bug_and_ends_the_engine():
     engine = make_engine(GatedModel())
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request, request])
     with pytest.raises(EngineDeadError, match="added twice"):
         collect(engine, [request])
@@ -157,7 +157,7 @@ def test_a_request_that_is_submitted_twice_is_our_bug_and_ends_the_engine():
 def test_the_end_is_told_once_and_last():
     built = Built(1)
     fail_in_commit(built)
-    requests = [built.engine.make_request([n], GREEDY) for n in range(4)]
+    requests = [built.engine.admission.make_request([n], GREEDY) for n in range(4)]
     built.engine.submit(requests)
     records = [built.engine.outputs.get(timeout=30)]
     while not isinstance(records[-1], EngineFailure):
@@ -172,7 +172,7 @@ def test_a_failed_engine_gives_its_model_back_though_its_error_is_held():
     held = weakref.ref(model)
     engine = make_engine(model)
     del model
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     with pytest.raises(EngineDeadError, match="a kernel went wrong") as caught:
         collect(engine, [request])
@@ -206,7 +206,7 @@ class RaisingModel(HashModel):
 )
 def test_a_fault_that_outlives_the_engine_says_to_start_the_process_again(error: Exception, lasting: bool):
     engine = make_engine(RaisingModel(error))
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     with pytest.raises(EngineDeadError) as caught:
         collect(engine, [request])
@@ -220,7 +220,7 @@ def test_a_fault_that_outlives_the_engine_says_to_start_the_process_again(error:
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
 def test_an_engine_without_memory_for_one_token_says_so_to_everybody(lookahead: int):
     engine = make_engine(ScarceModel(lambda tokens: True), lookahead=lookahead)
-    requests = [engine.make_request([n] * 5, GREEDY) for n in range(20)]
+    requests = [engine.admission.make_request([n] * 5, GREEDY) for n in range(20)]
     engine.submit(requests)
     text = "OutOfMemoryError: there is no memory for a step of even one token: no memory for the activations"
     with pytest.raises(EngineDeadError, match=text) as caught:
@@ -232,7 +232,7 @@ def test_an_engine_without_memory_for_one_token_says_so_to_everybody(lookahead: 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
 def test_an_engine_on_its_thread_survives_steps_without_memory(lookahead: int):
     engine = make_engine(ScarceModel(lambda tokens: tokens > 4), lookahead=lookahead)
-    requests = [engine.make_request([n] * 9, GREEDY) for n in range(20)]
+    requests = [engine.admission.make_request([n] * 9, GREEDY) for n in range(20)]
     engine.submit(requests)
     tokens, _ = collect(engine, requests)
     for request in requests:
@@ -265,7 +265,7 @@ def test_a_stall_shows_in_the_time_since_the_last_progress():
     model = SteppedModel()
     engine = make_engine(model, lookahead=0)
     assert engine.stats().seconds_since_progress == 0.0
-    engine.submit([engine.make_request([1], replace(GREEDY, max_tokens=3))])
+    engine.submit([engine.admission.make_request([1], replace(GREEDY, max_tokens=3))])
     assert model.waits.acquire(timeout=30)
     first, second = engine.stats(), engine.stats()
     assert 0.0 < first.seconds_since_progress < second.seconds_since_progress
@@ -282,7 +282,7 @@ def test_a_stall_shows_in_the_time_since_the_last_progress():
 
 def test_a_dead_engine_has_no_work_and_stalls_no_more():
     engine = make_engine(FailingModel(2))
-    request = engine.make_request([1], SamplingParams())
+    request = engine.admission.make_request([1], SamplingParams())
     engine.submit([request])
     with pytest.raises(EngineDeadError):
         collect(engine, [request])

@@ -16,7 +16,8 @@ from gapless.budget import FIRST_PATIENCE, ONE_TOKEN_TRIES, TokenBudget
 from gapless.config import EngineConfig
 from gapless.device.base import Note
 from gapless.errors import OutOfMemoryError
-from gapless.request import FinishReason, Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import FinishReason, Request
 from gapless.rows import RowState
 from support.hash_model import EOS, VOCAB, HashModel, expected_tokens
 from support.scarce import SHORTAGES, ScarceDevice, ScarceHarness, ScarceModel, raise_ours

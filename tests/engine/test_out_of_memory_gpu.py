@@ -12,7 +12,7 @@ from torch import Tensor
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.config import EngineConfig
 from gapless.device import has_cuda, open_device
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from support.hash_model import HashModel, expected_tokens
 from support.scarce import ScarceHarness, ScarceModel
 from support.schedules import check_schedule, run_schedule

@@ -6,7 +6,7 @@ import pytest
 
 from gapless.config import EngineConfig
 from gapless.device.cpu import CpuDevice
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from support.harness import Harness
 from support.hash_model import EOS, VOCAB, expected_tokens
 from support.schedules import check_schedule, run_schedule

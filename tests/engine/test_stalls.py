@@ -102,7 +102,7 @@ def stuck() -> Iterator[StuckModel]:
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
 def test_those_who_wait_for_a_stalled_engine_are_told_and_the_next_engine_works(stuck: StuckModel, lookahead: int):
     engine = make_engine(stuck, lookahead=lookahead, stall_seconds=SHORT)
-    requests = [engine.make_request([n], GREEDY) for n in range(3)]
+    requests = [engine.admission.make_request([n], GREEDY) for n in range(3)]
     engine.submit(requests)
     record = engine.next_output()
     while isinstance(record, Committed):
@@ -119,7 +119,7 @@ def test_those_who_wait_for_a_stalled_engine_are_told_and_the_next_engine_works(
 
 def test_a_stalled_engine_that_goes_on_after_all_ends_without_another_word(stuck: StuckModel):
     engine = make_engine(stuck, stall_seconds=SHORT)
-    engine.submit([engine.make_request([1], GREEDY)])
+    engine.submit([engine.admission.make_request([1], GREEDY)])
     while not isinstance(engine.next_output(), EngineFailure):
         pass
     stuck.gate.set()
@@ -129,7 +129,7 @@ def test_a_stalled_engine_that_goes_on_after_all_ends_without_another_word(stuck
 
 def test_an_engine_that_goes_on_once_it_was_found_overdue_lives(stuck: StuckModel):
     engine = make_engine(stuck, stall_seconds=SHORT)
-    request = engine.make_request([1], GREEDY)
+    request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     assert stuck.stands.wait(30)
     eventually(lambda: engine.stats().seconds_since_progress > 3 * SHORT)  # nobody has looked so far
@@ -160,7 +160,7 @@ class Meeting(float):
 
 def test_two_threads_that_find_the_stall_at_once_publish_one_failure(stuck: StuckModel):
     engine = make_engine(stuck, stall_seconds=Meeting(SHORT))
-    engine.submit([engine.make_request([1], GREEDY)])
+    engine.submit([engine.admission.make_request([1], GREEDY)])
     assert stuck.stands.wait(30)
     threads = [threading.Thread(target=engine.close) for _ in range(2)]
     for thread in threads:
@@ -218,7 +218,7 @@ def test_a_close_that_is_interrupted_leaves_an_engine_that_can_be_waited_for(stu
     others = set(threading.enumerate())
     engine = make_engine(stuck)
     [thread] = [each for each in set(threading.enumerate()) - others if each.name == "gapless-engine"]
-    engine.submit([engine.make_request([1], GREEDY)])
+    engine.submit([engine.admission.make_request([1], GREEDY)])
     assert stuck.stands.wait(30)
 
     def interrupt() -> None:
@@ -244,7 +244,7 @@ def test_an_idle_engine_does_not_stall():
 
 def test_closing_a_stalled_engine_waits_no_longer_than_that(stuck: StuckModel):
     engine = make_engine(stuck, stall_seconds=SHORT)
-    engine.submit([engine.make_request([1], GREEDY)])
+    engine.submit([engine.admission.make_request([1], GREEDY)])
     assert stuck.stands.wait(30)
     engine.close()
     assert not stuck.gate.is_set()
@@ -287,7 +287,7 @@ def test_an_async_llm_tells_every_task(stuck: StuckModel):
 
 def test_without_a_limit_a_stall_is_waited_for(stuck: StuckModel):
     engine = make_engine(stuck, stall_seconds=0)
-    request: Request = engine.make_request([1], GREEDY)
+    request: Request = engine.admission.make_request([1], GREEDY)
     engine.submit([request])
     eventually(lambda: engine.stats().seconds_since_progress > SHORT)
     engine.check_alive()

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from torch import Tensor
 
-from frontend.tiny import TripModel, answer, num_held_blocks, tiny_engine
+from frontend.tiny import TripModel, answer, engine_of, num_held_blocks, tiny_engine
 from gapless import LLM, AsyncLLM, RequestOutput, SamplingParams
 from gapless.async_llm import RequestStream
 from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.errors import EngineDeadError
-from gapless.loading import LoadedEngine
+from gapless.loading import Loaded
 from support.hash_model import HashModel
 from support.waiting import eventually
 
@@ -46,7 +46,7 @@ class HeldModel(HashModel):
         return super().forward(tokens_T, kv, batch)
 
 
-def all_is_given_back(loaded: LoadedEngine) -> bool:
+def all_is_given_back(loaded: Loaded) -> bool:
     """Whether the engine is idle and holds no block."""
     return loaded.engine.stats().seconds_since_progress == 0.0 and num_held_blocks(loaded) == 0
 
@@ -210,7 +210,7 @@ def test_streams_that_are_read_once_and_never_again_hold_nobody_and_no_more_than
                 await anext(stream)
             await assert_works_async(llm)
             await asyncio.to_thread(eventually, lambda: all_is_given_back(llm.loaded))
-            await asyncio.to_thread(eventually, llm.loaded.engine.outputs.empty)
+            await asyncio.to_thread(eventually, engine_of(llm.loaded).outputs.empty)
             assert llm.stats().scheduler.generated_tokens <= 6 * 100 + 10 * 20
             await left[0].aclose()
             rest = [output async for output in left[1]]

@@ -15,19 +15,39 @@ from gapless.engine.build import build_engine
 from gapless.errors import InvalidRequestError
 from gapless.loading import LoadedEngine
 from gapless.sampling.torch_sampler import TorchSampler
-from support.hash_model import HashModel
+from support.hash_model import EOS, HashModel, prefix_hash, scores
 
 WORDS = tiny_tokenizer()
 PROMPTS = [[1, 2, 3], [7], [9, 9, 9, 9], [30, 4], [22, 21, 20]]
 
 
-def wanted(prompt: Sequence[int], stop: Sequence[str], include: bool) -> tuple[str, list[int], str | int | None]:
+def answer_of_least(prompt: Sequence[int], least: int) -> list[int]:
+    """What the model says if it may not end before it has so many tokens."""
+    tokens = list(prompt)
+    while len(tokens) < min(128, len(prompt) + 60) and (tokens[-1] != EOS or len(tokens) == len(prompt)):
+        found = scores(torch.tensor([prefix_hash(tokens)]))[0]
+        if len(tokens) - len(prompt) < least:
+            found[EOS] = -1
+        tokens.append(int(found.argmax()))
+    return tokens[len(prompt) :]
+
+
+def wanted(
+    prompt: Sequence[int], stop: Sequence[str], include: bool, least: int = 0
+) -> tuple[str, list[int], str | int | None]:
     """The text, the tokens and the stop reason, by decoding the whole answer again and again."""
-    tokens = answer(prompt, 60)
+    tokens, before = answer_of_least(prompt, least), ""
     for count in range(1, len(tokens) + 1):
         text = WORDS.decode(tokens[:count])
-        found = [(text.find(each), place) for place, each in enumerate(stop) if each in text]
-        if found:
+        known = next((at for at in range(len(before)) if not text.startswith(before[: at + 1])), len(before))
+        found = [
+            (at, place)
+            for place, each in enumerate(stop)
+            for at in range(len(text))
+            if text.startswith(each, at) and at + len(each) > known
+        ]
+        before = text
+        if found and count >= least:
             begin, place = min(found)
             return text[: begin + len(stop[place]) * include], tokens[:count], stop[place]
     return WORDS.decode(tokens), tokens, None
@@ -46,18 +66,21 @@ def test_text_tokens_and_reason_are_those_of_the_answer_cut_at_its_first_stop_st
     rng = random.Random(lookahead)
     with LLM.from_loaded(tiny_engine(lookahead=lookahead)) as llm:
         for _ in range(12):
-            include = rng.random() < 0.5
+            include, least = rng.random() < 0.5, rng.choice([0, 0, 4, 12])
             stops = [some_stops(rng, prompt) for prompt in PROMPTS]
             params = [
-                SamplingParams(temperature=0, max_tokens=60, stop=each, include_stop_str_in_output=include)
+                SamplingParams(
+                    temperature=0, max_tokens=60, min_tokens=least, stop=each, include_stop_str_in_output=include
+                )
                 for each in stops
             ]
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
             streamed = dict.fromkeys(range(len(PROMPTS)), "")
             for delta in llm.stream(PROMPTS, params):
                 streamed[delta.index] += delta.text
+                assert outputs[delta.index].outputs[0].text.startswith(streamed[delta.index])
             for place, (prompt, stop, output) in enumerate(zip(PROMPTS, stops, outputs, strict=True)):
-                text, tokens, reason = wanted(prompt, stop, include)
+                text, tokens, reason = wanted(prompt, stop, include, least)
                 got = output.outputs[0]
                 assert (got.text, got.token_ids, got.stop_reason) == (text, tokens, reason)
                 assert streamed[place] == text

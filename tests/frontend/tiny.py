@@ -14,7 +14,8 @@ from gapless.attention.base import AttentionBatch, LayerKV
 from gapless.config import EngineConfig
 from gapless.device.cpu import CpuDevice
 from gapless.engine.build import build_engine
-from gapless.loading import EngineOptions, LoadedEngine, engine_config
+from gapless.engine.core import Engine
+from gapless.loading import EngineOptions, Loaded, LoadedEngine, engine_config
 from gapless.models.base import Model
 from gapless.sampling.torch_sampler import TorchSampler
 from gapless.text.chat import ChatTemplate
@@ -86,7 +87,13 @@ class InterruptModel(TripModel):
         signal.pthread_kill(main, signal.SIGINT)
 
 
-def num_held_blocks(loaded: LoadedEngine) -> int:
+def engine_of(loaded: Loaded) -> Engine:
+    """That runs in this process."""
+    assert isinstance(loaded.engine, Engine)
+    return loaded.engine
+
+
+def num_held_blocks(loaded: Loaded) -> int:
     """KV blocks that are not free; exact while the engine is idle."""
-    pool = loaded.engine._loop.scheduler.pool  # pyright: ignore[reportPrivateUsage]
+    pool = engine_of(loaded)._loop.scheduler.pool  # pyright: ignore[reportPrivateUsage]
     return pool.num_usable - pool.num_free

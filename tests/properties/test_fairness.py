@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from gapless.request import MAX_PRIORITY, PRIORITY_ARRIVALS, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import MAX_PRIORITY, PRIORITY_ARRIVALS
 from support.sim.fed import run_fed
 from support.sim.schedule import Move, Schedule
 

@@ -20,7 +20,7 @@ from gapless.device.null import NullDevice
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.engine.loop import Loop
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.rows import RowState
 from gapless.sampling import make_sampler
 from support.harness import Harness

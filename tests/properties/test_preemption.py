@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from support.sim.rig import run
 from support.sim.schedule import Move, Schedule, generate
 
@@ -40,6 +40,24 @@ def test_preempted_at_any_phase_boundary_the_tokens_are_those_of_the_undisturbed
         assert result.violation is None, (point, result.violation)
         preemptions += result.preemptions
     assert preemptions > 60
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_grammar_and_penalty_state_survive_preemption_at_any_phase_boundary(lookahead: int):
+    """Both hang on every token so far: on which of them the form was told, and which were counted."""
+    penalised = dataclasses.replace(PARAMS, repetition_penalty=2.0, frequency_penalty=1.5)
+    adds = (
+        dataclasses.replace(ADDS[0], params=penalised, form=(5, -1, -1)),
+        dataclasses.replace(ADDS[1], params=penalised, form=(6, 5, -1)),
+    )
+    preemptions = 0
+    for point in range(0, 150, 6):
+        moves = (*adds, Move(point, "preempt", 0), Move(point + 1, "preempt", 1))
+        result = run(dataclasses.replace(BASE, lookahead=lookahead, moves=moves))
+        assert result.violation is None, (point, result.violation)
+        assert result.masked_steps > 7
+        preemptions += result.preemptions
+    assert preemptions > 10
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)

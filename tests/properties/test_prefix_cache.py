@@ -9,9 +9,9 @@ import dataclasses
 
 import pytest
 
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from support.sim.fed import run_fed, tokens_fed
-from support.sim.model import continuation
+from support.sim.oracle import continuation
 from support.sim.schedule import Move, Schedule
 
 LOOKAHEADS = range(3)

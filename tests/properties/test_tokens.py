@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import pytest
 
-from gapless.request import FinishReason, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import FinishReason
+from support.sim.faults.masks import OneMaskMissing
+from support.sim.forms import HashForm
+from support.sim.parts import Parts
 from support.sim.rig import run
 from support.sim.schedule import Move, Schedule, generate
 
@@ -61,9 +66,10 @@ def test_a_seed_gives_the_same_stream_in_any_company_row_order_and_lookahead():
         rng = random.Random(seed)
         company = generate(seed)
         point = rng.randrange(40)
-        before = sum(move.kind == "add" and move.point <= point for move in company.moves)
+        others = [move for move in company.moves if move.kind != "update"]  # other weights, another stream
+        before = sum(move.kind == "add" and move.point <= point for move in others)
         ours = Move(point, "add", prompt=(7, 7), params=params)
-        moves = [dataclasses.replace(m, target=m.target + (m.target >= before)) for m in company.moves]
+        moves = [dataclasses.replace(m, target=m.target + (m.target >= before)) for m in others]
         moves = sorted((*moves, ours), key=lambda move: move.point)
         result = run(dataclasses.replace(company, max_length=40, blocks=60, moves=tuple(moves)))
         assert result.violation is None, (seed, result.violation)
@@ -90,3 +96,37 @@ def test_the_parameters_of_a_request_are_its_own():
         result = run(dataclasses.replace(BASE, lookahead=seed % 5, order_seed=seed, moves=moves))
         assert result.violation is None, (seed, result.violation)
         assert len({tuple(tokens) for tokens in result.tokens.values()}) == len(changes)
+
+
+@pytest.mark.parametrize("lookahead", range(5))
+def test_what_changes_the_logits_has_seen_the_token_before(lookahead: int):
+    """20 and 21 may not come after themselves. Seen a token late they would, as they do unasked. That every penalty
+    counts it, too, is a matter of the oracle: tests/properties/test_features.py."""
+    few = (20, 21, 22)
+    plain = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True, allowed_token_ids=few)
+    words = dataclasses.replace(plain, bad_words=[(20, 20), (21, 21)])
+    moves = tuple(Move(0, "add", prompt=(7, 7), params=each) for each in (plain, words))
+    result = run(dataclasses.replace(BASE, lookahead=lookahead, moves=moves))
+    assert result.violation is None, result.violation
+    repeats = [sum(a == b < 22 for a, b in itertools.pairwise(result.tokens[number])) for number in range(2)]
+    assert repeats[0] > 2
+    assert repeats[1] == 0
+
+
+@pytest.mark.parametrize("lookahead", range(5))
+def test_a_mask_is_its_requests_own_and_none_is_none(lookahead: int):
+    """Equal requests under different forms. A row whose mask got lost has no token that it could sample, and gets
+    token 0: not any token at all."""
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    forms = [HashForm(key, -1, -1, ()) for key in range(6) if 0 not in HashForm(key, -1, -1, ()).allowed([])]
+    moves = tuple(Move(0, "add", prompt=(7, 7), params=params, form=(form.key, -1, -1)) for form in forms)
+    schedule = dataclasses.replace(BASE, lookahead=lookahead, moves=moves)
+    result = run(schedule)
+    assert result.violation is None, result.violation
+    for number, form in enumerate(forms):
+        tokens = result.tokens[number]
+        assert all(token in form.allowed(tokens[:at]) for at, token in enumerate(tokens))
+    assert len({tuple(tokens) for tokens in result.tokens.values()}) == len(forms) > 3
+    lost = run(schedule, Parts(masking=OneMaskMissing)).violation
+    assert lost is not None
+    assert "told of token 0, which may not come" in lost.text

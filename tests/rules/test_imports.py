@@ -14,13 +14,16 @@ ROOT = Path(gapless.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each room may import of this package, and whether it may import torch. Longest prefix wins.
-BASICS = {"errors", "config", "request", "plan", "outcome"}
-POLICY = BASICS | {"blocks", "budget", "prefix", "rows", "scheduler", "stop_table", "waiting"}
-ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine"}
+BASICS = {"errors", "config", "params", "request", "plan", "outcome"}
+BOOKS = BASICS | {"rows", "waiting"}
+SCHEDULER = {"sequences", "scores", "planner", "scheduler"}
+POLICY = BOOKS | SCHEDULER | {"blocks", "budget", "prefix", "stop_table"}
+ENGINE = POLICY | {"device", "attention", "models", "sampling", "kernels", "engine", "logits_processor"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "request": {"errors"},
+    "params": {"errors", "grammar.spec"},
+    "request": {"errors", "params"},
     "plan": {"errors", "request"},
     "outcome": {"request", "plan"},
     "blocks": BASICS,
@@ -29,7 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "stop_table": BASICS,
     "waiting": BASICS,
     "rows": BASICS,
-    "scheduler": POLICY,
+    "sequences": BOOKS | {"blocks", "prefix", "stop_table"},
+    "scores": BOOKS,
+    "planner": BOOKS | {"budget", "scores", "sequences"},
+    "scheduler": BOOKS | {"planner", "scores", "sequences"},
+    "grammar": {"errors", "grammar", "text"},
+    "logits_processor": set(),
     "spans": set(),
     "device": {"errors", "device", "spans"},
     "kernels": {"errors", "kernels", "attention.base"},
@@ -44,20 +52,24 @@ ALLOWED: dict[str, set[str]] = {
     "trace": ENGINE | {"spans", "trace"},
 }
 ENGINE_LAYERS = [
+    "sleep",
     "tables",
     "layout",
     "slots",
     "accesses",
     "graphs",
     "fill",
+    "stage",
     "runner",
     "triton_runner",
+    "masking",
     "loop",
     "admission",
     "core",
+    "handle",
     "build",
 ]
-NO_TORCH = POLICY | {"outputs", "spans"}
+NO_TORCH = POLICY | {"outputs", "spans", "grammar"}
 
 
 def module_of(path: Path) -> str:
@@ -106,7 +118,8 @@ def test_inside_the_engine_later_layers_import_earlier_ones_only():
 
 def test_every_room_below_the_front_ends_has_a_rule():
     rooms = {module_of(path).split(".")[0] for path in FILES} - {""}
-    front = {"llm", "async_llm", "collector", "loading", "prompts", "progress", "cli", "bench", "demo", "__main__"}
+    front = {"llm", "async_llm", "collector", "forms", "loading", "prompts", "progress", "cli", "bench", "demo"}
+    front |= {"__main__", "server"}
     assert rooms - set(ALLOWED) <= front
 
 
@@ -132,6 +145,7 @@ MAY_WAIT = {
     "device.base",
     "device.sim.streams",
     "device.sim.device",
+    "engine.sleep",  # copies weights to the host, inside run_now
     "engine.slots",
 }
 REFERENCES = {
@@ -140,9 +154,8 @@ REFERENCES = {
     "sampling.torch_features",
     "sampling.torch_logprobs",
 }  # the CPU's, which may look at their data
-HOT_ROOMS = {
+HOT_ROOMS = SCHEDULER | {
     "engine",
-    "scheduler",
     "plan",
     "rows",
     "blocks",
@@ -178,3 +191,33 @@ def test_nothing_unpickles_or_runs_remote_code():
         assert "torch.load(" not in text, path
         assert not {"pickle", "dill", "cloudpickle"} & {name.split(".")[0] for name in imports_of(path)}, path
         assert "trust_remote_code" not in text, path
+
+
+SERVER_LIBRARIES = {
+    "fastapi",
+    "uvicorn",
+    "starlette",
+    "pydantic",
+    "msgspec",
+    "prometheus_client",
+    "opentelemetry",
+    "h11",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_server_libraries_and_the_server_are_imported_by_the_server_and_its_commands_alone(path: Path):
+    module = module_of(path)
+    if module.split(".")[0] != "server":
+        names = imports_of(path)
+        assert not {name.split(".")[0] for name in names} & SERVER_LIBRARIES
+        if module.split(".")[0] != "cli":
+            assert not [name for name in names if name.startswith("gapless.server")]
+
+
+def test_no_file_imports_pickle():
+    """Messages between processes, and weights, never can run code."""
+    for path in FILES:
+        names = {name.split(".")[0] for name in imports_of(path)}
+        assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}, path
+        assert "torch.load" not in path.read_text(), path

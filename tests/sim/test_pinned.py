@@ -48,6 +48,7 @@ WRITES: dict[str, Callable[[View], object]] = {
     "an element": lambda view: view.__setitem__(1, 5),
     "a slice": lambda view: view.__setitem__(slice(1, 3), 5),
     "a kept slice": write_through_a_kept_slice,
+    "a line of a reshape": lambda view: view.reshape(2, 2)[1].__setitem__(slice(None), 5),
     "all of it": lambda view: view.__setitem__(..., 5),
     "fill": lambda view: view.fill(5),
     "an operator in place": add_in_place,
@@ -56,7 +57,7 @@ WRITES: dict[str, Callable[[View], object]] = {
 }
 REFUSED: dict[str, Callable[[View], object]] = {
     "view": lambda view: view.view(np.float32),
-    "reshape": lambda view: view.reshape(2, 2),
+    "a reshape that copies": lambda view: view.reshape(2, 2)[:, ::-1].reshape(4),
     "sort": lambda view: view.sort(),
     "put": lambda view: view.put(0, 1),
     "data": lambda view: view.data,

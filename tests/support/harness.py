@@ -16,7 +16,8 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.models.base import Model
 from gapless.outcome import Committed, Finished
-from gapless.request import FinishReason, Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import FinishReason, Request
 from gapless.rows import RowState
 from gapless.sampling import make_sampler
 from support.hash_model import HashModel

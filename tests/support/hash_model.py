@@ -6,7 +6,7 @@ is an exact test of scheduling, block tables, carry-over and buffers. Arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ def scores(hashes_E: Tensor) -> Tensor:
     tokens_V = torch.arange(1, VOCAB + 1, dtype=torch.int64, device=hashes_E.device)
     mixed_EV = (hashes_E[:, None] % 1_000_003) * (tokens_V * _SPREAD) + hashes_E[:, None] // 7
     return (mixed_EV ^ (mixed_EV >> 13)) % _LEVELS
+
+
+def logits_of(hashes_E: Tensor) -> Tensor:
+    """The same as logits, float32, from -5 to 5."""
+    return (scores(hashes_E) - _LEVELS // 2).float() / 1000.0
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -106,5 +111,14 @@ class HashModel:
     ) -> None:
         """There is nothing to choose."""
 
+    def tensors(self) -> Iterable[Tensor]:
+        return ()
+
+    def check_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """It has none."""
+
+    def update_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """It has none."""
+
     def logits(self, hidden_EH: Tensor) -> Tensor:
-        return scores(hidden_EH[:, 0]).float() / 1000.0
+        return logits_of(hidden_EH[:, 0])

@@ -11,7 +11,7 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.models.base import Model
 from gapless.outcome import Committed
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.sampling import make_sampler
 from gapless.trace.device import traced
 from gapless.trace.record import Trace

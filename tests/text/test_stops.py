@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -27,27 +28,45 @@ SPECIAL = "<|special|>"
 BEYOND = 10**5  # an id of a model whose logits have more columns than the tokenizer has tokens
 
 
-def reference(tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int]) -> tuple[int, int | None, int]:
-    """How many tokens the request gets, which string ends it, and where that begins."""
+def reference(
+    tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int], least: int = 0
+) -> tuple[int, int | None, int]:
+    """How many tokens the request gets, which string ends it, and where that begins: the first that is complete at the
+    end of a text, and was not in the text before. (One that byte tokens spoil and bring back is not looked for again.)
+    """
+    before = ""
+    candidates = {*np.flatnonzero(tokenizer.stop_strings(strings).candidates).tolist()}
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count])
-        found = [(text.find(string), index) for index, string in enumerate(strings) if string in text]
-        if found:
+        known = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))))
+        found = [
+            (at, index)
+            for index, string in enumerate(strings)
+            for at in range(len(text))
+            if text.startswith(string, at) and at + len(string) > known
+        ]
+        if found and count >= least and (not least or ids[count - 1] in candidates):
             at, index = min(found)
             return count, index, at
-    return len(ids), None, len(tokenizer.decode(ids))
+        before = text
+    return len(ids), None, len(before)
 
 
-def engine(tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int]) -> tuple[int, int | None]:
+def engine(
+    tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int], least: int = 0
+) -> tuple[int, int | None, int]:
     """The same as the engine's thread finds it."""
     stops = tokenizer.stop_strings(strings)
     tokens = np.array(ids, dtype=np.int32)
     for count, token in enumerate(ids, start=1):
-        if token < tokenizer.vocab_size and stops.candidates[token]:
+        if count >= least and token < tokenizer.vocab_size and stops.candidates[token]:
             index = stops.completes(tokens[:count])
             if index is not None:
-                return count, index
-    return len(ids), None
+                found = stops.locate(tokens[:count])
+                assert found is not None
+                assert found[0] == index
+                return count, index, found[1]
+    return len(ids), None, 0
 
 
 def held_back(text: str, strings: Sequence[str]) -> int:
@@ -55,25 +74,27 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return max(n for string in strings for n in range(len(string)) if text.endswith(string[:n]))
 
 
-def check(tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int], step: int = 1) -> int | None:
-    count, index, at = reference(tokenizer, strings, ids)
-    assert engine(tokenizer, strings, ids) == (count, index)
+def check(
+    tokenizer: Tokenizer, strings: Sequence[str], ids: Sequence[int], step: int = 1, least: int = 0
+) -> int | None:
+    count, index, at = reference(tokenizer, strings, ids, least)
     text = tokenizer.decode(ids[:count])
+    assert engine(tokenizer, strings, ids, least) == (count, index, len(text) - at)
     stops = tokenizer.stop_strings(strings)
     for include in (False, True):
-        cut = text[: at + (len(strings[index]) if include and index is not None else 0)]
-        assert stops.cut(text, include=include) == cut
-        stream = StopFilter(tokenizer.stream(), stops, include=include)
+        cut = at + (len(strings[index]) if include and index is not None else 0)
+        stream = StopFilter(tokenizer.stream(), stops)
         plain = tokenizer.stream()
         given_out = certain = ""
-        for begin in range(0, count, step):
-            some = ids[begin : min(begin + step, count)]
+        begin = 0
+        while begin + step < count:
+            some = ids[begin : begin + step]
             given_out += stream.push(some)
             certain += plain.push(some)
             assert text[:at].startswith(given_out)
-            if not any(string in certain for string in strings):
-                assert given_out == certain[: len(certain) - held_back(certain, strings)]
-        assert given_out + stream.flush() == cut
+            assert given_out == certain[: len(certain) - held_back(certain, strings)]
+            begin += step
+        assert given_out + stream.finish(ids[begin:count], len(text) - cut) == text[:cut]
     return index
 
 
@@ -84,7 +105,7 @@ def slices(text: str) -> st.SearchStrategy[str]:
 
 
 @st.composite
-def byte_level_cases(draw: st.DrawFn) -> tuple[Tokenizer, list[str], list[int], int]:
+def byte_level_cases(draw: st.DrawFn) -> tuple[Tokenizer, list[str], list[int], int, int]:
     """A vocabulary of pieces of bytes, some of them parts of characters; tokens of it; strings that are likely."""
     data = draw(st.text(LETTERS, min_size=4, max_size=16)).encode()
     size = st.integers(1, 5)
@@ -100,12 +121,12 @@ def byte_level_cases(draw: st.DrawFn) -> tuple[Tokenizer, list[str], list[int], 
     ids = draw(st.lists(st.sampled_from([*range(tokenizer.vocab_size), BEYOND]), max_size=24))
     likely = tokenizer.decode(ids) or "a"
     strings = draw(st.lists(slices(likely) | st.text(LETTERS, min_size=1, max_size=4), min_size=1, max_size=3))
-    return tokenizer, strings, ids, draw(st.integers(1, 4))
+    return tokenizer, strings, ids, draw(st.integers(1, 4)), draw(st.sampled_from([0, 0, 1, 3, 8, 16]))
 
 
 @settings(deadline=None, max_examples=800)
 @given(byte_level_cases())
-def test_tokens_of_bytes_end_at_the_string_and_are_cut_there(case: tuple[Tokenizer, list[str], list[int], int]):
+def test_tokens_of_bytes_end_at_the_string_and_are_cut_there(case: tuple[Tokenizer, list[str], list[int], int, int]):
     check(*case)
 
 
@@ -145,7 +166,8 @@ def test_tokens_with_byte_fallback_end_at_the_string_and_are_cut_there(byte_fall
         starts = [chance.randrange(len(text)) for _ in range(chance.randint(1, 3))]
         strings = [text[at : at + chance.randint(1, 6)] for at in starts]
         strings += [chance.choice(["the", " a", "é中", "\ufffda", "x"])]
-        stopped += check(tokenizer, strings, ids, chance.randint(1, 3)) is not None
+        least = chance.choice([0, 0, len(ids) // 2])
+        stopped += check(tokenizer, strings, ids, chance.randint(1, 3), least) is not None
     assert stopped > 300
 
 
@@ -161,7 +183,7 @@ def test_real_text_ends_at_the_string_and_is_cut_there(smollm: Tokenizer):
         ids.insert(chance.randrange(len(ids)), 2)
         at = chance.randrange(len(text))
         strings = [text[at : at + chance.randint(1, 12)], chance.choice(["\n\n", "User:", "Human:", " ", "e" * 256])]
-        check(smollm, strings, ids, chance.randint(1, 3))
+        check(smollm, strings, ids, chance.randint(1, 3), chance.choice([0, 10]))
 
 
 def test_the_string_that_begins_first_ends_the_text_and_at_one_place_the_first_in_the_list(smollm: Tokenizer):
@@ -178,10 +200,35 @@ def test_a_string_is_not_found_across_the_border_of_the_prompt(smollm: Tokenizer
     assert stops.completes(tokens[len(prompt) :]) is None
 
 
-def test_what_comes_after_a_string_is_dropped(smollm: Tokenizer):
-    stream = StopFilter(smollm.stream(), smollm.stop_strings(["stop"]))
-    pieces = [stream.push(smollm.encode(text)) for text in ("one sto", "p it", " here")]
-    assert [*pieces, stream.flush()] == ["one ", "", "", ""]
+def letters(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A token for each."""
+    return [tokenizer.token_to_id(letter) or 0 for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "strings", "least", "wanted"),
+    [
+        ("xabyab", ["ab"], 3, "x"),  # it is complete with the token of the border
+        ("xabyab", ["ab"], 4, "xaby"),
+        ("xabyab", ["ab"], 2, "x"),
+        ("xaby", ["ab"], 4, "xaby"),  # it is all before it
+        ("xabcy", ["abc"], 3, "x"),  # it straddles the border
+        ("aaa", ["aa"], 3, "a"),  # what begins in one that does not count
+        ("aab", ["aa", "aab"], 3, ""),
+        ("abcd", ["ab", "cd"], 4, "ab"),
+        ("abd", ["ab", "cd"], 3, "abd"),  # a candidate that ends nothing, behind one that does not count
+        ("xyabc", ["bc", "xyabc", "b"], 5, ""),
+    ],
+)
+def test_what_was_complete_before_min_tokens_is_text(
+    smollm: Tokenizer, text: str, strings: list[str], least: int, wanted: str
+):
+    ids = letters(smollm, text)
+    for step in (1, 2, 3):
+        check(smollm, strings, ids, step, least)
+    count, index, back = engine(smollm, strings, ids, least)
+    assert text[: count - back] == (wanted if index is not None else text)
+    assert (index is None) == (wanted == text)
 
 
 def test_half_of_a_character_counts_as_what_decoding_shows(smollm: Tokenizer):
@@ -213,7 +260,7 @@ def test_a_byte_token_ends_the_request_at_once_though_the_stream_waits_for_the_e
     byte_fallback: Tokenizer,
 ):
     ids = [byte_fallback.token_to_id("a") or 0, 3 + 0x0A, 3 + 0x41]
-    assert engine(byte_fallback, ["\n"], ids) == (2, 0)
+    assert engine(byte_fallback, ["\n"], ids) == (2, 0, 1)
     check(byte_fallback, ["\n"], ids)
 
 
@@ -295,7 +342,7 @@ def test_the_filter_takes_linear_time_on_near_matches(smollm: Tokenizer, strings
         stream = StopFilter(smollm.stream(), smollm.stop_strings(strings))
         for token in ids:
             stream.push([token])
-        stream.flush()
+        stream.finish([], 0)
 
     run(ids[:1])
     half, whole = (lines_run(lambda n=n: run(ids[:n])) for n in (len(ids) // 2, len(ids)))

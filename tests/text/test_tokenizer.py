@@ -103,3 +103,14 @@ def test_the_chat_template_is_found_where_models_keep_it(
     assert tokenizer.chat_template == expected
     assert tokenizer.eos_token_id == 2
     assert tokenizer.bos_token_id is None
+
+
+def test_the_bytes_of_tokens_add_up_to_their_text(smollm: Tokenizer, byte_fallback: Tokenizer):
+    text = "Hello 🎉 naïve  日本\n"
+    assert b"".join(map(smollm.token_bytes, smollm.encode(text))).decode() == text
+    assert smollm.token_bytes(2) == b"<|im_end|>"
+    assert smollm.token_bytes(10**6) == smollm.token_bytes(-1) == b""
+    for word in ("▁", "a", "<0xE4>"):
+        token = byte_fallback.token_to_id(word)
+        assert token is not None
+        assert byte_fallback.token_bytes(token) == {"▁": b" ", "a": b"a", "<0xE4>": b"\xe4"}[word]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from gapless.config import SchedulerLimits
+from gapless.outcome import Sampled
+from gapless.params import SamplingParams
 from gapless.plan import Plan
-from gapless.request import Request, SamplingParams
+from gapless.request import Request
 from gapless.scheduler import Scheduler
 
 LIMITS = SchedulerLimits(max_rows=3, max_batch_tokens=20, max_model_len=16, block_size=2, num_blocks=9)
@@ -26,7 +28,7 @@ def planned(scheduler: Scheduler) -> Plan:
 
 
 def commit(scheduler: Scheduler, plan: Plan) -> None:
-    scheduler.commit(plan, np.ones(plan.num_samples, dtype=np.int32))
+    scheduler.commit(plan, Sampled(np.ones(plan.num_samples, dtype=np.int32)))
 
 
 @pytest.fixture

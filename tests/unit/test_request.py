@@ -16,7 +16,7 @@ from gapless.errors import (
     PromptTooLongError,
     RequestTooLargeError,
 )
-from gapless.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from gapless.params import MAX_STOP_TOKEN_IDS, SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -32,6 +32,8 @@ NAN, INF = float("nan"), float("inf")
         {"temperature": None},
         {"top_p": 0},
         {"top_p": 1.01},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 0.0099},
         {"top_p": NAN},
         {"min_p": -0.1},
         {"min_p": 1.1},
@@ -112,7 +114,7 @@ def test_ignore_eos_keeps_the_stop_tokens_of_the_request():
     make = admission(num_blocks=100).make_request
     assert make([1], SamplingParams(stop_token_ids=(7,))).stop_ids.tolist() == [0, 3, 7]
     assert make([1], SamplingParams(stop_token_ids=(7,), ignore_eos=True)).stop_ids.tolist() == [7]
-    with pytest.raises(InvalidRequestError, match="stop token id 100"):
+    with pytest.raises(InvalidRequestError, match="stop_token_ids: token id 100"):
         make([1], SamplingParams(stop_token_ids=(100,)))
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapless.request import MAX_PRIORITY, PRIORITY_ARRIVALS, Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import MAX_PRIORITY, PRIORITY_ARRIVALS, Request
 from gapless.waiting import SequenceState, WaitingQueue
 
 PARAMS = SamplingParams()

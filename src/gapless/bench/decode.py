@@ -78,7 +78,8 @@ class DecodeBench:
             raise ConfigError(f"{workload.prompt_len} + {workload.new_tokens} tokens: {shape} has a context of {limit}")
         blocks = workload.requests * -(-length // config.block_size)
         self.workload = workload
-        self.random = RandomEngine(shape, replace(config, num_blocks=blocks, max_model_len=length), trace)
+        sized = replace(config, num_blocks=blocks, max_model_len=length, prefix_cache=False)
+        self.random = RandomEngine(shape, sized, trace)
 
     def warm_up(self, lookahead: int) -> None:
         self.random.engine.set_lookahead(lookahead)

@@ -24,7 +24,7 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.engine.loop import Loop
 from gapless.errors import InternalError
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.sampling import make_sampler
 
 WARM_UP_STEPS = 50

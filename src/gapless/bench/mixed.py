@@ -115,7 +115,7 @@ class MixedBench:
         if length > limit:
             raise ConfigError(f"{load.max_prompt_len} + {load.max_new_tokens} tokens: {shape} has a context of {limit}")
         self.load, self.arrivals = load, Arrivals.draw(load)
-        self.random = RandomEngine(shape, replace(config, max_model_len=length), trace)
+        self.random = RandomEngine(shape, replace(config, max_model_len=length, prefix_cache=False), trace)
 
     def run(self, lookahead: int, at: Floats) -> MixedRun:
         """Send the requests at these seconds after the start, and time what comes back."""

@@ -19,7 +19,7 @@ from gapless.device.sim import SimDevice, TimedOrder
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.outcome import Committed
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 from gapless.sampling import make_sampler
 from gapless.spans import Run, Span
 

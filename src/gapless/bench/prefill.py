@@ -89,7 +89,12 @@ class PrefillBench:
         self.requests = {length: max(1, tokens // length) for length in prompt_lens}
         blocks = max(count * -(-(length + 1) // config.block_size) for length, count in self.requests.items())
         sized = replace(
-            config, max_rows=max(self.requests.values()), num_blocks=blocks, max_model_len=longest + 1, graphs=False
+            config,
+            max_rows=max(self.requests.values()),
+            num_blocks=blocks,
+            max_model_len=longest + 1,
+            graphs=False,
+            prefix_cache=False,
         )
         self.random = RandomEngine(shape, sized, trace)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from gapless.config import EngineConfig
 from gapless.engine.core import EngineFailure
 from gapless.errors import ConfigError
 from gapless.loading import load_engine
+from gapless.logits_processor import LogitsProcessor
 from gapless.outcome import Committed
-from gapless.request import Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import Request
 from gapless.trace.record import Trace
 from gapless.weights.hf_config import load_shape
 
@@ -38,14 +41,23 @@ class Generated:
 class RandomEngine:
     """Built once, run at any lookahead up to that of `config`; None in `config` is filled in.
 
-    Without a prefix cache: the same prompts come again in every run.
+    The same prompts come again in every run of most measurements, so the prefix cache should be off in `config`.
     """
 
-    def __init__(self, shape: str, config: EngineConfig, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        shape: str,
+        config: EngineConfig,
+        trace: Trace | None = None,
+        *,
+        tokenizer: Path | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         """Raises ConfigError, OutOfMemoryError."""
         begin = time.perf_counter()
-        config = replace(config, prefix_cache=False)
-        loaded = load_engine(config=config, load="random", shape=shape, trace=trace)
+        self.loaded = loaded = load_engine(
+            config=config, load="random", shape=shape, tokenizer=tokenizer, trace=trace, logits_processors=processors
+        )
         self.startup_seconds = time.perf_counter() - begin
         self.model = load_shape(shape)
         self.engine = loaded.engine
@@ -80,9 +92,14 @@ class RandomEngine:
     def requests(self, prompts: Sequence[NDArray[np.int32]], new_tokens: Sequence[int]) -> list[Request]:
         """One greedy request for each prompt, of exactly so many new tokens."""
         return [
-            self.engine.make_request(prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
+            self.engine.admission.make_request(prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
             for prompt, count in zip(prompts, new_tokens, strict=True)
         ]
+
+    def prepare(self, prompts: Sequence[NDArray[np.int32]], params: Sequence[SamplingParams]) -> list[Request]:
+        """Requests as callers make them."""
+        prepared = [self.loaded.prepare(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        return [request for each in prepared for request in each.requests]
 
     def random_prompts(self, lengths: Sequence[int], seed: int = 0) -> list[NDArray[np.int32]]:
         rng = default_rng(seed)
@@ -102,6 +119,7 @@ class RandomEngine:
         return Generated(request_ids, tokens)
 
     def close(self) -> None:
+        self.loaded.forms.close()
         self.engine.close()
 
 

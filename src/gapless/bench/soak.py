@@ -31,7 +31,8 @@ from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.build import build_loop
 from gapless.engine.loop import Loop
 from gapless.outcome import Committed
-from gapless.request import FinishReason, Request, SamplingParams
+from gapless.params import SamplingParams
+from gapless.request import FinishReason, Request
 from gapless.sampling import make_sampler
 from gapless.scheduler import SchedulerStats
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ class TinyModel:
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         return tokens_T
+
+    def tensors(self) -> Iterable[Tensor]:
+        return ()
+
+    def check_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """It has none."""
+
+    def update_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """It has none."""
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
         return torch.zeros(hidden_EH.shape[0], self.vocab_size)

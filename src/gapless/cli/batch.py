@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
-from gapless.cli.files import Kept, ResultWriter
+from gapless.cli.files import Kept, ResultWriter, first_error
 from gapless.cli.jobs import BadLineError, Line, LineReader, parse_line
 from gapless.cli.setup import warn
 from gapless.collector import Prepared
 from gapless.errors import InvalidRequestError
 from gapless.llm import LLM
 from gapless.outputs import RequestOutput
+from gapless.params import SamplingParams
 from gapless.progress import Progress
-from gapless.request import SamplingParams
 
 
 class BatchRun:
@@ -39,7 +40,7 @@ class BatchRun:
         self._defaults = defaults
         self._writer = writer
         self._lines = lines
-        self._open: dict[str, tuple[int, object]] = {}  # request id -> index and id of its line
+        self._open: dict[str, tuple[Line, object]] = {}  # request id -> its line, without its data, and the line's id
         self._kept = kept
         self._target = target
         self.errors = len(kept.failed)
@@ -72,7 +73,7 @@ class BatchRun:
             added = "" if self._writer.written > len(self._kept.ids) else "nothing to add: "
             failed = f", {self.errors} failed" if self.errors else ""
             answered = f"{self._writer.written - self.errors} of {self._drawn} lines answered"
-            warn(f"{added}{answered}{failed}, in {self._target}")
+            warn(f"{added}{answered}{failed}, in {self._target}" if self._drawn else "the input has no lines")
         elif self.errors:
             warn(f"{self.errors} of {self._drawn} lines failed")
 
@@ -102,7 +103,7 @@ class BatchRun:
         self._kept.check(line, given_id, bad=False)
         if line.index in self._kept.ids:
             return None
-        self._open[str(prepared.request_id)] = (line.index, given_id)
+        self._open[str(prepared.request_id)] = (replace(line, data=b""), given_id)
         return prepared
 
     def _refuse(self, line: Line, given_id: object, reason: str) -> None:
@@ -112,5 +113,8 @@ class BatchRun:
         warn(f"error: line {line.number}: {' '.join(reason.split())}")
 
     def _book(self, output: RequestOutput) -> None:
-        index, given_id = self._open.pop(output.request_id)
-        self._writer.result(index, given_id, output)
+        line, given_id = self._open.pop(output.request_id)
+        self._writer.result(line.index, given_id, output)
+        if (error := first_error(output)) is not None:
+            self.errors += 1
+            warn(f"error: line {line.number}: {' '.join(error.split())}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gapless.cli import options
+from gapless.cli.sampling import ChatOptions, with_options
 from gapless.cli.setup import load_llm, make_config, warn
 from gapless.cli.signals import INTERRUPTED
 from gapless.cli.timeline import tracing
@@ -16,7 +17,7 @@ from gapless.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from gapless.llm import LLM
-    from gapless.request import SamplingParams
+    from gapless.params import SamplingParams
 
 _HELP = """/reset  forget the conversation
 /exit   leave (so do /quit and Ctrl-D)
@@ -25,21 +26,22 @@ Ctrl-C stops an answer; at the prompt, twice leaves.
 """
 
 
+_DEFAULTS = ChatOptions()
+
+
+@with_options(ChatOptions)
 def chat(
     model: options.Model = "demo",
     system: options.System = None,
     load: options.Load = "auto",
-    temperature: options.Temperature = 0.7,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 0.95,
-    min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
-    max_tokens: options.MaxTokens = 512,
+    sampling: ChatOptions = _DEFAULTS,
     lookahead: options.Lookahead = 1,
     max_model_len: options.MaxModelLen = None,
     kv_cache_memory: options.KVCacheMemory = None,
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,
+    deterministic: options.Deterministic = False,
     graphs: options.Graphs = True,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -47,9 +49,7 @@ def chat(
     config: options.Config = None,
 ) -> None:
     """Talk to a model. Answers stream; /help lists the commands. Also reads turns, one a line, from a pipe."""
-    from gapless.request import SamplingParams
-
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens)
+    params = sampling.params()
     engine = make_config(
         lookahead=lookahead,
         max_rows=4,
@@ -59,6 +59,7 @@ def chat(
         num_blocks=None,
         block_size=block_size,
         prefix_cache=prefix_cache,
+        deterministic=deterministic,
         graphs=graphs,
         dtype=dtype,
         device=device,
@@ -120,20 +121,24 @@ class Conversation:
         """Stream an answer and remember both turns; an interrupted one as far as it came."""
         turns = [*self._turns, {"role": "user", "content": text}]
         answer: list[str] = []
+        error: str | None = None
         try:
             with closing(self._llm.stream({"messages": turns}, self._params)) as deltas:
                 for delta in deltas:
                     answer.append(delta.text)
                     self._print(delta.text)
+                    error = delta.error
         except KeyboardInterrupt:
             self._print(" [stopped]")
             if not self._at_terminal:
                 self._print("\n")
                 raise typer.Exit(INTERRUPTED) from None
-        except InvalidRequestError as error:
-            warn(f"error: {error}; /reset starts anew")
+        except InvalidRequestError as refused:
+            warn(f"error: {refused}; /reset starts anew")
             return
         self._print("\n")
+        if error is not None:
+            warn(f"error: {error}")
         self._turns = [*turns, {"role": "assistant", "content": "".join(answer)}]
 
     def _read(self) -> str | None:

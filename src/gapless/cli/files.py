@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Generator
@@ -17,8 +18,8 @@ from gapless.cli.setup import warn
 from gapless.cli.signals import held_back
 from gapless.cli.targets import check_target, naming
 from gapless.errors import ConfigError, InputFileError
-from gapless.outputs import RequestOutput
-from gapless.request import SamplingParams
+from gapless.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from gapless.params import SamplingParams
 
 STANDARD = "-"
 _BEGIN = b'{"index": '
@@ -150,7 +151,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
     record = cast("dict[str, Any]", value)
-    return record if type(record["index"]) is int and ("token_ids" in record or "error" in record) else None
+    answered = not record.keys().isdisjoint(("token_ids", "outputs", "error"))
+    return record if type(record["index"]) is int and answered else None
 
 
 class ResultWriter:
@@ -162,17 +164,19 @@ class ResultWriter:
         self.written = written
 
     def result(self, index: int, given_id: object, output: RequestOutput) -> None:
-        answer = output.outputs[0]
+        answers = [_answer(each) for each in output.outputs]
+        scores = output.prompt_logprobs
+        error = first_error(output)
         self._write(
             {
                 **_head(index, given_id),
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "finish_reason": answer.finish_reason,
+                **(answers[0] if len(answers) == 1 else {"outputs": answers}),
+                **({} if scores is None else {"prompt_logprobs": [each and _logprob(each) for each in scores]}),
                 "usage": {  # not what the prefix cache had: a resumed run would say something else
                     "prompt_tokens": output.usage.prompt_tokens,
                     "completion_tokens": output.usage.completion_tokens,
                 },
+                **({} if error is None else {"error": error}),
             }
         )
 
@@ -204,6 +208,40 @@ def open_results(target: str, kept: Kept) -> Generator[ResultWriter]:
 def open_lines(source: str) -> LineReader:
     """The input file, or stdin through a descriptor of our own: a thread may hang in it when the program ends."""
     return LineReader(os.fdopen(os.dup(0), "rb") if source == STANDARD else Path(source).open("rb"))
+
+
+def first_error(output: RequestOutput) -> str | None:
+    """What is wrong with the first answer that ended by an error."""
+    return next((each.error or "unknown" for each in output.outputs if each.finish_reason == "error"), None)
+
+
+def _answer(answer: CompletionOutput) -> dict[str, object]:
+    found: dict[str, object] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.stop_reason is not None:
+        found["stop_reason"] = answer.stop_reason
+    if answer.logprobs is not None:
+        found["logprobs"] = [_logprob(each) for each in answer.logprobs]
+    if answer.error is not None:
+        found["error"] = answer.error
+    return found
+
+
+def _logprob(found: TokenLogprob) -> dict[str, object]:
+    """JSON has no infinity: what the model excludes gets null."""
+    return {
+        "token_id": found.token_id,
+        "logprob": _finite(found.logprob),
+        "rank": found.rank,
+        "top": [[token, _finite(logprob)] for token, logprob in found.top],
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _head(index: int, given_id: object) -> dict[str, object]:

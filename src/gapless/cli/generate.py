@@ -9,13 +9,17 @@ import typer
 
 from gapless.cli import options
 from gapless.cli.files import STANDARD, check_files, count_lines, open_lines, open_results
+from gapless.cli.sampling import GenerateOptions, with_options
 from gapless.cli.setup import load_llm, make_config, warn
 from gapless.cli.signals import INTERRUPTED, leave_on_sigint, sigterm_leaves
 from gapless.cli.timeline import tracing
 from gapless.config import STALL_SECONDS
 from gapless.errors import ConfigError
 
+_DEFAULTS = GenerateOptions()
 
+
+@with_options(GenerateOptions)
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to continue or answer.")] = None,
     source: Annotated[str | None, typer.Option("--input", "-i", help="JSON lines with requests; - is stdin.")] = None,
@@ -39,15 +43,8 @@ def generate(
     load: options.Load = "auto",
     shape: options.Shape = None,
     tokenizer: options.Tokenizer = None,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
     seed: options.Seed = 0,
-    max_tokens: options.MaxTokens = 256,
-    stop: options.Stop = None,
-    stop_token_id: options.StopTokenIds = None,
-    ignore_eos: options.IgnoreEos = False,
+    sampling: GenerateOptions = _DEFAULTS,
     lookahead: options.Lookahead = 1,
     max_rows: options.MaxRows = 256,
     max_batch_tokens: options.MaxBatchTokens = None,
@@ -56,6 +53,7 @@ def generate(
     num_blocks: options.NumBlocks = None,
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,
+    deterministic: options.Deterministic = False,
     graphs: options.Graphs = True,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -66,31 +64,27 @@ def generate(
     """Answer prompts: gapless generate "Why is the sky blue?"
 
     A line of --input has `prompt`, `prompt_token_ids` or `messages`, and may have an `id`, `priority`, `cache_salt` and
-    any sampling option:
+    any sampling option, under the name that SamplingParams has for it:
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
-    A line of --output has index, id, text, token_ids, finish_reason and usage, or index, id, line and error. The index
+    A line of --output has index, id, text, token_ids, finish_reason and usage, and stop_reason where a stop string or a
+    token of --stop-token-id ended it; or index, id, line and error. The index
     counts the lines of --input from 0, blank ones left out; line, and every message, counts all lines from 1. Lines
     come as they are finished and whole; Ctrl-C and SIGTERM keep them, and the same command with --resume adds the
     others. There a line with an error counts as answered.
+
+    With n above 1, text, token_ids and finish_reason are in a list, outputs. Where they are asked for there are
+    logprobs, one for each token, and prompt_logprobs. An answer that could not keep its form has the finish_reason
+    error, and its line an error.
     """
     if bool(prompts) == (source is not None):
         raise ConfigError("give either PROMPTs or --input FILE (- is stdin); see gapless generate --help")
     for place, text in enumerate(prompts or [], 1):
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes
             raise ConfigError(f"prompt {place} is not UTF-8")
-    from gapless.request import SamplingParams
-
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        stop_token_ids=tuple(stop_token_id or ()),
-        ignore_eos=ignore_eos,
-    )
+    params = sampling.params()
+    if source is None and target is None and (params.logprobs, params.prompt_logprobs) != (None, None):
+        raise ConfigError("log probabilities go into lines of JSON: add --output FILE (- is stdout)")
     engine = make_config(
         lookahead=lookahead,
         max_rows=max_rows,
@@ -100,6 +94,7 @@ def generate(
         num_blocks=num_blocks,
         block_size=block_size,
         prefix_cache=prefix_cache,
+        deterministic=deterministic,
         graphs=graphs,
         dtype=dtype,
         device=device,

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from gapless.errors import InvalidRequestError
-from gapless.request import SamplingParams
+from gapless.params import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 OPTION_KEYS = ("priority", "cache_salt")
-SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+NO_FORM: dict[str, Any] = {"json_schema": None, "json_object": False, "regex": None, "choice": None, "grammar": None}
+SAMPLING_KEYS = tuple(
+    field.name for field in dataclasses.fields(SamplingParams) if field.init and field.name != "allowed_tokens"
+)  # which is a function
 MAX_LINE_BYTES = 64 * 2**20
 _READ_AHEAD = 256
 
@@ -71,6 +74,8 @@ def _job(fields: dict[str, Any], defaults: SamplingParams) -> Job:
     if len(prompts) != 1:
         raise InvalidRequestError(f"a line has exactly one of {', '.join(PROMPT_KEYS)}, not {len(prompts)} of them")
     options = {key: fields.pop(key) for key in OPTION_KEYS if key in fields}
+    if not fields.keys().isdisjoint(NO_FORM):  # a line's form goes over any other one
+        fields = {**NO_FORM, **fields}
     return Job({**prompts, **options}, dataclasses.replace(defaults, **fields))
 
 

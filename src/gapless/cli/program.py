@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
 
 from gapless import __version__
-from gapless.cli import bench, chat, env, generate, options, timeline
+from gapless.cli import bench, chat, env, generate, options, run_batch, serve, timeline
 from gapless.cli.command import add_command
 from gapless.cli.setup import say, warn
 from gapless.cli.signals import sigterm_leaves
@@ -47,6 +48,8 @@ def demo(
 
 add_command(app, generate.generate)
 add_command(app, chat.chat)
+add_command(app, serve.serve)
+add_command(app, run_batch.run_batch)
 add_command(app, demo)
 app.add_typer(bench.app, name="bench")
 add_command(app, timeline.timeline)
@@ -68,20 +71,23 @@ def root(
     pass
 
 
+def _show_traceback() -> None:
+    if os.environ.get("GAPLESS_DEBUG") == "1":
+        traceback.print_exc()
+
+
 def run(argv: list[str] | None = None) -> NoReturn:
-    """Run a command and exit. GAPLESS_DEBUG=1 shows the traceback of errors that otherwise take one line."""
+    """Run a command and exit. GAPLESS_DEBUG=1 shows the traceback of errors, too."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a busy neighbour halves decode otherwise
     try:
         with sigterm_leaves():
             app(args=argv, prog_name="gapless")
     except GaplessError as error:
-        if os.environ.get("GAPLESS_DEBUG") == "1":
-            raise
+        _show_traceback()
         warn(f"error: {' '.join(str(error).split())}")
         sys.exit(2 if isinstance(error, _WRONG_USAGE) else 1)
     except OSError as error:
-        if os.environ.get("GAPLESS_DEBUG") == "1":
-            raise
+        _show_traceback()
         warn(f"error: {error}")
         sys.exit(1)
     sys.exit(0)

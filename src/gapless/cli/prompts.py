@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-from gapless.cli.files import ResultWriter
+from gapless.cli.files import ResultWriter, first_error
 from gapless.cli.setup import warn
 from gapless.collector import Prepared
 from gapless.errors import ConfigError, InvalidRequestError
 from gapless.llm import LLM
 from gapless.outputs import RequestOutput
+from gapless.params import SamplingParams
 from gapless.prompts import ChatPrompt, Prompt
-from gapless.request import SamplingParams
 
 
 def to_prompts(llm: LLM, texts: Sequence[str], chat: bool | None) -> list[Prompt]:
@@ -28,25 +28,39 @@ def to_prompts(llm: LLM, texts: Sequence[str], chat: bool | None) -> list[Prompt
 
 def print_answers(llm: LLM, texts: Sequence[str], prompts: Sequence[Prompt], params: SamplingParams) -> int:
     """One answer as it comes; several in the order of the prompts, each under its prompt. Returns the failures."""
-    if len(prompts) == 1:
-        with closing(llm.stream(prompts[0], params)) as deltas:
-            for delta in deltas:
-                _print(delta.text)
-        _print("\n")
-        return 0
+    if len(prompts) == params.n == 1:
+        return _print_one(llm, prompts[0], params)
     waiting: dict[int, str] = {}
     following = failures = 0
     for place, result in _answers(llm, prompts, params):
-        failures += isinstance(result, InvalidRequestError)
+        failures += _warn_of(place, result)
         if isinstance(result, InvalidRequestError):
-            warn(f"error: prompt {place + 1}: {result}")
             waiting[place] = ""
         else:
-            waiting[place] = f"> {texts[place]}\n{result.outputs[0].text}\n\n"
+            waiting[place] = f"> {texts[place]}\n{_shown(result)}\n\n"
         while following in waiting:
             _print(waiting.pop(following))
             following += 1
     return failures
+
+
+def _print_one(llm: LLM, prompt: Prompt, params: SamplingParams) -> int:
+    error: str | None = None
+    with closing(llm.stream(prompt, params)) as deltas:
+        for delta in deltas:
+            _print(delta.text)
+            error = delta.error
+    _print("\n")
+    if error is not None:
+        warn(f"error: {error}")
+    return int(error is not None)
+
+
+def _shown(output: RequestOutput) -> str:
+    """An answer as it is, several with their numbers."""
+    if len(output.outputs) == 1:
+        return output.outputs[0].text
+    return "\n".join(f"[{each.index + 1}] {each.text}" for each in output.outputs)
 
 
 def write_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, writer: ResultWriter) -> int:
@@ -54,12 +68,19 @@ def write_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, w
     failures = 0
     for place, result in _answers(llm, prompts, params):
         if isinstance(result, InvalidRequestError):
-            failures += 1
             writer.error(place, None, None, str(result))
-            warn(f"error: prompt {place + 1}: {result}")
         else:
             writer.result(place, None, result)
+        failures += _warn_of(place, result)
     return failures
+
+
+def _warn_of(place: int, result: RequestOutput | InvalidRequestError) -> bool:
+    """Whether it failed, and then a line about it."""
+    error = str(result) if isinstance(result, InvalidRequestError) else first_error(result)
+    if error is not None:
+        warn(f"error: prompt {place + 1}: {error}")
+    return error is not None
 
 
 def _answers(

@@ -127,6 +127,10 @@ class Device(Protocol):
         """Most bytes held by tensors since the last reset; 0 where the device does not count."""
         ...
 
+    def release(self) -> None:
+        """Give memory back that no tensor has. Nothing may run."""
+        ...
+
     def close(self) -> None:
         """Finish what is queued and end the streams. Further work is refused."""
         ...

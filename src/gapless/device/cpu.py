@@ -164,6 +164,9 @@ class CpuDevice:
     def peak_bytes(self, *, reset: bool = False) -> int:
         return 0
 
+    def release(self) -> None:
+        return
+
     def close(self) -> None:
         for stream in self._streams:
             stream.close()

@@ -131,5 +131,9 @@ class CudaDevice:
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         return peak
 
+    def release(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()
+
     def close(self) -> None:
         torch.cuda.synchronize(self.torch_device)

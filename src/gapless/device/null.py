@@ -79,5 +79,8 @@ class NullDevice:
     def peak_bytes(self, *, reset: bool = False) -> int:
         return 0
 
+    def release(self) -> None:
+        return
+
     def close(self) -> None:
         pass

@@ -13,27 +13,32 @@ import torch
 
 from gapless.attention.base import KVSpec, LayerKV
 from gapless.config import EngineConfig, SchedulerLimits
-from gapless.device.base import Device, Graph, Stream
+from gapless.device.base import Device, Stream
 from gapless.engine.admission import Admission, ModelFacts
 from gapless.engine.core import Engine
 from gapless.engine.fill import fill
-from gapless.engine.graphs import GraphTable, default_buckets, mixed_shapes
-from gapless.engine.layout import StepShape, sections_of
+from gapless.engine.graphs import GraphTable, StepGraphs, default_buckets, mixed_shapes
+from gapless.engine.layout import Edits, StepShape, most_extras, sections_of
 from gapless.engine.loop import Loop
-from gapless.engine.runner import Extent, Runner, copy_in
-from gapless.engine.slots import Slot, SlotRing
+from gapless.engine.runner import Runner, copy_in
+from gapless.engine.slots import Slot, SlotRing, SlotSizes
+from gapless.engine.stage import Extent, Half
 from gapless.engine.tables import DeviceTables
 from gapless.errors import ConfigError, OutOfMemoryError
+from gapless.logits_processor import LogitsProcessor
 from gapless.models.base import Model
 from gapless.outcome import Committed
 from gapless.plan import Ints, empty_plan
 from gapless.sampling.base import Sampler
+from gapless.sampling.features import mask_words
+from gapless.sampling.records import longest_line
 from gapless.scheduler import Scheduler
 
 CPU_KV_CACHE_BYTES = 2 * 2**30  # the default on the cpu device, where pages cost memory only once written
 GRAPH_WORK = 10**13
 """Weights times tokens of the largest mixed step that is captured: about 30 ms on an H100, which launching a step
 without a graph may cost the host. A longer one gives the host time enough."""
+LINE_NUMBERS_AT_ONCE = 2**16
 _TIMED_REPLAYS = 10
 _log = logging.getLogger(__name__)
 _SMALLEST_CACHE = 2  # blocks: the null block and one more
@@ -44,7 +49,7 @@ class Parts:
     """What a loop is made of. A trace puts subclasses in their place."""
 
     scheduler: Callable[[SchedulerLimits], Scheduler] = Scheduler
-    slots: Callable[[Device, int, int, int], SlotRing] = SlotRing
+    slots: Callable[[Device, int, SlotSizes], SlotRing] = SlotRing
     loop: Callable[[Scheduler, SlotRing, Runner, Callable[[Committed], None], int], Loop] = Loop
 
 
@@ -52,16 +57,29 @@ PLAIN = Parts()
 
 
 def build_engine(
-    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype, parts: Parts = PLAIN
+    model: Model,
+    config: EngineConfig,
+    device: Device,
+    sampler: Sampler,
+    dtype: torch.dtype,
+    parts: Parts = PLAIN,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Engine:
     """An engine that runs `model`, already on the device, in `dtype`. Raises ConfigError or OutOfMemoryError."""
-    loop, limits = build_loop(model, config, device, sampler, dtype, parts)
-    admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed)
+    names = _names_of(processors)
+    loop, limits = build_loop(model, config, device, sampler, dtype, parts, processors)
+    admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), config.seed, names)
     return Engine(loop, admission, config.stall_seconds)
 
 
 def build_loop(
-    model: Model, config: EngineConfig, device: Device, sampler: Sampler, dtype: torch.dtype, parts: Parts = PLAIN
+    model: Model,
+    config: EngineConfig,
+    device: Device,
+    sampler: Sampler,
+    dtype: torch.dtype,
+    parts: Parts = PLAIN,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[Loop, SchedulerLimits]:
     """The loop without its thread, for those who step it themselves, and the sizes it was built with."""
     max_model_len = _context_limit(model, config)
@@ -79,17 +97,31 @@ def build_loop(
         block_size=config.block_size,
         num_blocks=num_blocks,
         prefix_cache=config.prefix_cache,
+        max_line_numbers=most_line_numbers(model.vocab_size),
+        num_processors=len(processors),
     )
     kv = model.kv_spec.allocate(num_blocks, config.block_size, dtype, device.torch_device)
-    runner, slots = _build_runner(model, config, device, sampler, kv, limits, parts)
+    runner, slots = _build_runner(model, config, device, sampler, kv, limits, parts, processors)
     if config.graphs and device.captures_graphs:
         decodes, mixed = _sizes(runner.graphs)
         model.prepare(decodes, lambda work: _replay_seconds(device, runner.compute, work), also=mixed)
-        begin = perf_counter()
-        runner.graphs.capture(slots.slots, capturer(runner, limits))
-        _log.info("captured graphs of %d shapes in %.1f s", len(runner.graphs.shapes), perf_counter() - begin)
+        runner.recapture = lambda: _capture(runner, slots, limits)
+        runner.recapture()
     device.run_now(lambda: None, runner.compute)  # weights and tables were written on other streams
     return parts.loop(parts.scheduler(limits), slots, runner, lambda _: None, config.lookahead), limits
+
+
+def _capture(runner: Runner, slots: SlotRing, limits: SchedulerLimits) -> None:
+    begin = perf_counter()
+    runner.graphs.capture(slots.slots, capturer(runner, limits))
+    _log.info("captured graphs of %d shapes in %.1f s", len(runner.graphs.shapes), perf_counter() - begin)
+
+
+def _names_of(processors: Sequence[LogitsProcessor]) -> list[str]:
+    names = [processor.name for processor in processors]
+    if len({*names}) < len(names):
+        raise ConfigError(f"two logits processors have the same name: {', '.join(names)}")
+    return names
 
 
 def _context_limit(model: Model, config: EngineConfig) -> int:
@@ -107,12 +139,15 @@ def _build_runner(
     kv: list[LayerKV],
     limits: SchedulerLimits,
     parts: Parts,
+    processors: Sequence[LogitsProcessor],
 ) -> tuple[Runner, SlotRing]:
     on = config.graphs and device.captures_graphs
     graphs = _graph_table(model, config, limits) if on else GraphTable(())
-    slots = parts.slots(device, config.lookahead + 1, slot_capacity(graphs, limits), limits.max_rows)
-    tables = DeviceTables.allocate(limits.max_rows + 1, limits.block_columns, device.torch_device)
-    return _runner_for(device)(model, device, sampler, kv, tables, graphs), slots
+    sizes = slot_sizes(graphs, limits, model.vocab_size)
+    slots = parts.slots(device, config.lookahead + 1, sizes)
+    rows, columns = limits.max_rows + 1, limits.block_columns
+    tables = DeviceTables.allocate(rows, columns, model.vocab_size, len(processors), device.torch_device)
+    return _runner_for(device)(model, device, sampler, kv, tables, graphs, processors), slots
 
 
 def _graph_table(model: Model, config: EngineConfig, limits: SchedulerLimits) -> GraphTable:
@@ -139,7 +174,17 @@ def slot_capacity(graphs: GraphTable, limits: SchedulerLimits) -> int:
     rows = limits.max_rows
     without = StepShape(limits.max_batch_tokens, 0, rows, rows, limits.max_block_updates, rows)
     padded = without.with_places(max((shape.decodes for shape in graphs.mixed), default=0))
-    return max(sections_of(shape).total for shape in (padded, *graphs.mixed))
+    return max(sections_of(shape).total for shape in (padded, *graphs.mixed)) + most_extras(limits)
+
+
+def slot_sizes(graphs: GraphTable, limits: SchedulerLimits, vocab: int) -> SlotSizes:
+    """What a slot's buffers must hold."""
+    return SlotSizes(slot_capacity(graphs, limits), limits.max_rows, limits.max_batch_tokens, mask_words(vocab))
+
+
+def most_line_numbers(vocab: int) -> int:
+    """int32 numbers of features that may travel with one step: those of a few rows at least."""
+    return max(LINE_NUMBERS_AT_ONCE, longest_line(vocab))
 
 
 def _sizes(graphs: GraphTable) -> tuple[list[int], list[int]]:
@@ -156,10 +201,10 @@ def _runner_for(device: Device) -> type[Runner]:
     return TritonRunner
 
 
-def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], Graph]:
+def capturer(runner: Runner, limits: SchedulerLimits) -> Callable[[Slot, StepShape], StepGraphs]:
     """For GraphTable.capture: what captures a step of padding on a slot."""
 
-    def capture(slot: Slot, shape: StepShape) -> Graph:
+    def capture(slot: Slot, shape: StepShape) -> StepGraphs:
         extent = Extent(max(1, shape.chunk_tokens), limits.max_model_len, all_greedy=False)
         fill(empty_plan(), _no_tokens(), slot.packed, shape, runner.scratch_row)
         return runner.capture(slot, shape, extent)
@@ -243,15 +288,18 @@ def _measure_activation(
     if config.graphs and model.captures_chunks:  # decodes may be padded
         shape = shape.with_places(shape.decodes + config.max_rows)
     kv = model.kv_spec.allocate(_SMALLEST_CACHE, config.block_size, dtype, device.torch_device)
-    tables = DeviceTables.allocate(config.max_rows + 1, columns, device.torch_device)
-    slot = Slot(0, device, sections_of(shape).total, config.max_rows)
+    tables = DeviceTables.allocate(config.max_rows + 1, columns, model.vocab_size, 0, device.torch_device)
+    words = mask_words(model.vocab_size)
+    slot = Slot(0, device, SlotSizes(sections_of(shape).total, config.max_rows, tokens, words))
     runner = _runner_for(device)(model, device, sampler, kv, tables, GraphTable(()))
     fill(plan, np.zeros((1, max_model_len), dtype=np.int32), slot.packed, shape, 0)
     extent = Extent(max(chunks), max(chunks), all_greedy=False)
 
     def largest_step() -> None:
+        half = Half()
         copy_in(slot, sections_of(shape).total)
-        runner.compute_step(slot, shape, extent)
+        runner.forward(slot, shape, extent, half)
+        runner.finish(slot, shape, extent, half, Edits.MASKED)
 
     before = device.peak_bytes(reset=True)
     device.run_now(largest_step, runner.compute)

@@ -8,23 +8,28 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
-from numpy.typing import NDArray
+from torch import Tensor
 
 from gapless.device.faults import ruins_process
 from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
-from gapless.errors import ConfigError, EngineDeadError
+from gapless.errors import ConfigError, EngineDeadError, GaplessError, OutOfMemoryError
 from gapless.outcome import Committed
-from gapless.request import Request, SamplingParams, StopTexts
-from gapless.scheduler import SchedulerStats
+from gapless.request import Request
+from gapless.scheduler import Scheduler, SchedulerStats
 
 RUINED = "The GPU can not be used by this process any more: start the process again"
 GRACE_SECONDS = 5.0  # at most, from the first overdue look at a stall to the engine's death
+COMMAND_POLL_SECONDS = 1.0  # who waits for a command looks so often whether the engine lives
+_ASLEEP = "the engine sleeps: call wake() first"
 LEAVE_SECONDS = 5.0  # that close() waits for the device when the process ends or is interrupted
 
 
@@ -39,21 +44,46 @@ class EngineFailure:
 class EngineStats:
     """Counts and times since the start of the engine.
 
+    lookahead               steps launched before the oldest is read
+    running, waiting        requests that hold a row, and those that wait for one
+    blocks_used             KV blocks that requests hold; what is only kept for the prefix cache is not counted
     busy_seconds            time that the compute stream spent in compute stages, by device events
     active_seconds          wall time during which there was work
+    wait_seconds            of it, that the host waited for the device: the rest is the host's own work
     seconds_since_progress  wall time since the last step ended or work came, 0.0 without work. More than a step can
                             take means that the engine is stalled; EngineConfig.stall_seconds gives it up
     """
 
     scheduler: SchedulerStats
+    lookahead: int
+    running: int
+    waiting: int
+    blocks_used: int
     busy_seconds: float
     active_seconds: float
+    wait_seconds: float
     seconds_since_progress: float
 
     @property
     def busy_share(self) -> float:
         """Part of the active wall time that the compute stream was computing, 0 to 1."""
         return self.busy_seconds / self.active_seconds if self.active_seconds else 0.0
+
+
+InFlight = Literal["finish", "continue", "restart"]
+"""What becomes of requests that have begun when the model changes: they end first; or what they have is computed again
+with the new one, and they go on; or they begin again, without the tokens they have."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Command:
+    """Work for the engine's thread between two steps, with nothing in flight."""
+
+    work: Callable[[Loop], None]
+    in_flight: InFlight | None  # None: rows stay as they are
+    pauses: bool | None  # None: as it was
+    asleep: bool  # may be done while the engine sleeps
+    done: Future[None]
 
 
 class Engine:
@@ -71,7 +101,11 @@ class Engine:
         self.outputs: queue.SimpleQueue[Committed | EngineFailure] = queue.SimpleQueue()
         self._loop = loop
         self._loop.publish = self.outputs.put
-        self._inbox: queue.SimpleQueue[Request | int] = queue.SimpleQueue()  # an int is a request id to cancel
+        self._inbox: queue.SimpleQueue[Request | int | _Command] = queue.SimpleQueue()  # an int: a request to cancel
+        self._commands: deque[_Command] = deque()  # taken out of the inbox, not done yet
+        self._paused = False
+        self._ending = False  # what has begun is to end before the next command
+        self._was_paused = False  # when that began
         self._wake = threading.Event()
         self._closing = False
         self._error: BaseException | None = None
@@ -89,20 +123,6 @@ class Engine:
         atexit.register(self.close, LEAVE_SECONDS)  # a worker inside torch must not outlive the interpreter
 
     # ------------------------------------------------------------ any thread
-
-    def make_request(
-        self,
-        prompt_token_ids: Sequence[int] | NDArray[Any],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-        stops: StopTexts | None = None,
-    ) -> Request:
-        """Check a request and give it an id; see Admission.make_request. Nothing is queued."""
-        return self.admission.make_request(
-            prompt_token_ids, params, priority=priority, cache_salt=cache_salt, stops=stops
-        )
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests made by make_request, in this order. Raises EngineDeadError."""
@@ -147,17 +167,110 @@ class Engine:
         active, since, now = self._active_seconds, self._active_since, time.perf_counter()
         if since is not None:
             active += now - since
-        stats = replace(self._loop.scheduler.stats)
-        return EngineStats(stats, self._loop.slots.busy_seconds, active, self._seconds_since_progress(now))
+        scheduler, slots = self._loop.scheduler, self._loop.slots
+        running, waiting = scheduler.census()
+        return EngineStats(
+            scheduler=replace(scheduler.stats),
+            lookahead=self._loop.lookahead,
+            running=running,
+            waiting=waiting,
+            blocks_used=scheduler.pool.num_usable - scheduler.pool.num_free,
+            busy_seconds=slots.busy_seconds,
+            active_seconds=active,
+            wait_seconds=slots.wait_seconds,
+            seconds_since_progress=self._seconds_since_progress(now),
+        )
+
+    def pause(self) -> None:
+        """Stop after the steps in flight. Requests keep what they have, and new ones wait, until resume().
+
+        Returns once nothing runs. Raises EngineDeadError.
+        """
+        self.between_steps(lambda _: None, pauses=True, asleep=True)
+
+    def resume(self) -> None:
+        """Go on after pause(). Raises ConfigError while the engine sleeps; EngineDeadError."""
+        self.between_steps(lambda _: None, pauses=False)
+
+    def sleep(self) -> None:
+        """Pause, and give back the memory of weights, KV cache and graphs; on the CPU only pause. The weights are kept
+        on the host, and requests that have begun are computed again after wake(). Raises EngineDeadError."""
+        self.between_steps(lambda loop: loop.runner.sleep(), in_flight="continue", pauses=True, asleep=True)
+
+    def wake(self) -> None:
+        """Undo sleep(), and go on. Raises EngineDeadError; OutOfMemoryError if the memory is not free any more: the
+        engine sleeps on then."""
+        self.between_steps(lambda loop: loop.runner.wake(), pauses=False, asleep=True)
+
+    def update_weights(self, tensors: Mapping[str, Tensor], *, in_flight: InFlight = "finish") -> None:
+        """Put new values into the model's weights, in place, between two steps. The prefix cache is emptied.
+
+        tensors    by their Hugging Face names, all or some; on any device, in any float type.
+        in_flight  what becomes of requests that have begun.
+
+        Raises CorruptModelError for a name or a shape that the model does not have, with nothing changed;
+        ConfigError while the engine sleeps; EngineDeadError.
+        """
+
+        def work(loop: Loop) -> None:
+            try:
+                loop.runner.update_weights(tensors)
+            except OutOfMemoryError as error:
+                raise RuntimeError("no memory for an update: some weights are new and some old") from error
+
+        if self._loop.runner.asleep:  # there is nothing to check them against
+            raise ConfigError(_ASLEEP)
+        self._loop.runner.model.check_weights(tensors)  # before anything is recomputed
+        self.between_steps(work, in_flight=in_flight)
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def between_steps(
+        self,
+        work: Callable[[Loop], None],
+        *,
+        in_flight: InFlight | None = None,
+        pauses: bool | None = None,
+        asleep: bool = False,
+    ) -> None:
+        """Run `work` on the engine's thread between two steps, with nothing in flight, and wait for it.
+
+        in_flight  what becomes of the requests that have begun; None: nothing, they keep what they have.
+        pauses     True, False: pause or go on afterwards; None: as it was. To let requests end, a paused engine runs.
+        asleep     whether it may be done while the engine sleeps.
+
+        Raises ConfigError, EngineDeadError, and what `work` raises; the engine goes on if that is a GaplessError.
+        """
+        if in_flight not in (None, "finish", "continue", "restart"):
+            raise ConfigError(f"in_flight must be finish, continue or restart, not {in_flight!r}")
+        self.check_alive()
+        command = _Command(work, in_flight, pauses, asleep, Future())
+        self._inbox.put(command)
+        self._wake.set()
+        while True:
+            left = self._look_for_stall()
+            try:
+                return command.done.result(COMMAND_POLL_SECONDS if left is None else min(left, COMMAND_POLL_SECONDS))
+            except FutureTimeoutError:
+                if command.done.done():
+                    raise  # of the work itself
+                if not self._thread.is_alive() or self._left_behind:
+                    raise self._death() from None
 
     def set_lookahead(self, lookahead: int) -> None:
-        """Run with fewer steps in flight than the engine was built for, or with all again. Only while idle.
+        """Run with fewer steps in flight than the engine was built for, or with all again, from the next step on.
 
-        Lets both sides of a comparison use the same slots, graphs and memory.
+        Lets both sides of a comparison use the same slots, graphs and memory. Raises ConfigError, EngineDeadError.
         """
         if not 0 <= lookahead < len(self._loop.slots.slots):
             raise ConfigError(f"lookahead must be 0 to {len(self._loop.slots.slots) - 1} here, not {lookahead}")
-        self._loop.lookahead = lookahead
+
+        def work(loop: Loop) -> None:
+            loop.lookahead = lookahead
+
+        self.between_steps(work, asleep=True)
 
     def request_stop(self) -> None:
         """close() without waiting: safe in a finalizer, whatever thread that runs on."""
@@ -228,10 +341,12 @@ class Engine:
             while not self._closing:
                 self._wait_for_work()
                 self._intake()
-                while self._loop.has_work and not self._closing:
+                self._obey()
+                while self._loop.has_work and not self._closing and not self._paused:
                     self._loop.step()
                     self._progress_at = time.perf_counter()
                     self._intake()
+                    self._obey()
         except BaseException as error:  # noqa: BLE001 - reported to every waiting request
             self._error = self._error or error
         finally:
@@ -241,6 +356,7 @@ class Engine:
                 self._error = self._error or error
             finally:
                 self._stop_clock()
+                self._refuse_commands()
                 _drop_locals(self._error)
                 atexit.unregister(self.close)
                 self._publish_failure()
@@ -249,7 +365,7 @@ class Engine:
     def _wait_for_work(self) -> None:
         """Sleep until there is something in the inbox. The only place where an idle engine waits."""
         self._stop_clock()
-        self._wake.wait()
+        self._wake.wait()  # a pause is ended by a command, too
         self._active_since = time.perf_counter()
 
     def _stop_clock(self) -> None:
@@ -268,10 +384,62 @@ class Engine:
             command = self._inbox.get()
             if isinstance(command, Request):
                 scheduler.add(command)
+            elif isinstance(command, _Command):
+                self._commands.append(command)
             else:
                 scheduler.cancel(command)
         if finished := scheduler.take_finished():
             self.outputs.put(Committed.without_tokens(finished))
+
+    def _obey(self) -> None:
+        """Do what was asked for between two steps, as soon as that can be."""
+        scheduler = self._loop.scheduler
+        while self._commands:
+            command, asleep = self._commands[0], self._loop.runner.asleep
+            if command.in_flight == "finish" and not asleep and self._ends_first(scheduler):
+                return
+            self._commands.popleft()
+            self._loop.drain()
+            restarted: tuple[int, ...] = ()
+            try:
+                if asleep and not command.asleep:
+                    raise ConfigError(_ASLEEP)
+                if command.in_flight is not None:
+                    restarted = scheduler.recompute_all(restart=command.in_flight == "restart")
+                command.work(self._loop)
+            except GaplessError as error:
+                command.done.set_exception(error)
+            except BaseException as error:
+                command.done.set_exception(error)
+                raise
+            else:
+                if command.pauses is not None:
+                    self._paused = command.pauses
+                command.done.set_result(None)
+            if self._ending:
+                scheduler.let_begin()
+                self._ending = False
+                self._paused |= self._was_paused and command.pauses is not False
+            finished = scheduler.take_finished()
+            if restarted or finished:
+                self.outputs.put(replace(Committed.without_tokens(finished), restarted=restarted))
+
+    def _ends_first(self, scheduler: Scheduler) -> bool:
+        """Whether requests that must end first still run. They do so though the engine is paused."""
+        if not self._ending:
+            scheduler.hold_back()
+            self._ending, self._was_paused = True, self._paused
+        self._paused = self._was_paused and not scheduler.any_begun
+        return scheduler.any_begun
+
+    def _refuse_commands(self) -> None:
+        """Nobody will do them."""
+        with suppress(queue.Empty):
+            while True:
+                if isinstance(command := self._inbox.get_nowait(), _Command):
+                    self._commands.append(command)
+        for command in self._commands:
+            command.done.set_exception(self._death())
 
     def _death(self) -> EngineDeadError:
         if self._error is None:

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from gapless.engine.layout import Sections, StepShape, sections_of
-from gapless.plan import Ints, Plan
+from gapless.engine.layout import Extras, Sections, StepShape, sections_of
+from gapless.plan import Ints, Plan, RowLines
 
 
 def fill(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape, scratch_row: int) -> None:
@@ -19,6 +19,8 @@ def fill(plan: Plan, tokens_RL: Ints, packed: Ints, shape: StepShape, scratch_ro
     """
     at = sections_of(shape)
     _fill_updates(plan, packed, at)
+    if plan.lines is not None or plan.scores is not None:
+        _fill_extras(plan, packed, shape)
     if plan.continues:
         return
     if shape.decodes_only:
@@ -47,6 +49,18 @@ def _fill_updates(plan: Plan, packed: Ints, at: Sections) -> None:
         packed[begin : begin + count] = plan.block_rows_U
         packed[begin + count : begin + 2 * count] = plan.block_columns_U
         packed[begin + 2 * count : begin + 3 * count] = plan.block_ids_U
+
+
+def _fill_extras(plan: Plan, packed: Ints, shape: StepShape) -> None:
+    at, lines, scores = Extras.of(plan, shape), plan.lines, plan.scores
+    if lines is not None:
+        for name in RowLines.__slots__:
+            packed[getattr(at, name)] = getattr(lines, name)
+    if scores is not None:
+        behind = np.int32(shape.decodes - plan.num_decodes) * (scores.indices_Q >= plan.num_decodes)
+        packed[at.indices_Q] = scores.indices_Q + behind
+        packed[at.targets_Q] = scores.targets_Q
+        packed[at.wanted_Q] = scores.wanted_Q
 
 
 def _fill_entries(plan: Plan, tokens_RL: Ints, packed: Ints, at: Sections, shape: StepShape, scratch_row: int) -> None:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
+from gapless.config import SchedulerLimits
 from gapless.engine.tables import DecodeTables
 from gapless.plan import Plan
+
+
+class Edits(Enum):
+    """What comes between logits and sampling: each has a graph of its own."""
+
+    NONE = "none"
+    FEATURES = "features"  # tokens are counted, logits edited, log probabilities taken
+    MASKED = "masked"  # all that, and masks from the host
+
+    @classmethod
+    def of(cls, plan: Plan) -> Edits:
+        if plan.masked:
+            return cls.MASKED
+        return cls.FEATURES if plan.featured else cls.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +146,54 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What few steps have, behind the sections that all have: see plan.py RowLines and PromptScores."""
+
+    rows_A: slice
+    begins_A1: slice
+    lines_P: slice
+    tokens_K: slice
+    token_rows_K: slice
+    positions_K: slice
+    arguments_G: slice
+    indices_Q: slice
+    targets_Q: slice
+    wanted_Q: slice
+    total: int
+
+    @classmethod
+    def of(cls, plan: Plan, shape: StepShape) -> Extras:
+        """Where they are, for kernels that no graph holds."""
+        lines, scores = plan.lines, plan.scores
+        a = p = k = g = 0
+        if lines is not None:
+            a, p, k, g = lines.rows_A.size, lines.lines_P.size, lines.tokens_K.size, lines.arguments_G.size
+        q = 0 if scores is None else scores.indices_Q.size
+        return cls.behind(sections_of(shape).total, a, p, k, g, q)
+
+    @classmethod
+    def behind(cls, begin: int, a: int, p: int, k: int, g: int, q: int) -> Extras:
+        """Of these sizes, from `begin` on."""
+        slices: list[slice] = []
+        for size in (a, a + 1, p, k, k, k, g, q, q, q):
+            slices.append(slice(begin, begin + size))
+            begin += _aligned(size)
+        return cls(*slices, total=begin)
+
+
+def most_extras(limits: SchedulerLimits) -> int:
+    """int32 numbers that they can need."""
+    rows, tokens = limits.max_rows, limits.max_batch_tokens
+    arguments = rows * limits.num_processors
+    return Extras.behind(0, rows, limits.max_line_numbers, limits.max_model_len, arguments, tokens).total
+
+
 def sent_size(plan: Plan, shape: StepShape) -> int:
     """How much of the packed buffer a step copies."""
     at = sections_of(shape)
+    if plan.lines is not None or plan.scores is not None:
+        return Extras.of(plan, shape).total
     updates = 3 * plan.block_ids_U.size
     if plan.continues or not shape.decodes_only:
         return at.updates_3U.start + updates

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gapless.sampling.base import SamplingTables
+from gapless.sampling.features import FeatureTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,21 @@ class DeviceTables:
     last_token_R: Tensor  # int32: what the row's newest step sampled
     decodes: DecodeTables
     sampling: SamplingTables
+    features: FeatureTables
+    arguments_RP: Tensor  # float32: for each of P logits processors; NaN where a row does not use it
 
     @property
     def scratch_row(self) -> int:
         return self.last_token_R.numel() - 1
 
     @classmethod
-    def allocate(cls, rows: int, columns: int, device: torch.device) -> DeviceTables:
+    def allocate(cls, rows: int, columns: int, vocab: int, processors: int, device: torch.device) -> DeviceTables:
+        """Of so many rows, scratch row included, and block columns."""
         return cls(
             block_table_RC=torch.zeros((rows, columns), dtype=torch.int32, device=device),
             last_token_R=torch.zeros(rows, dtype=torch.int32, device=device),
             decodes=DecodeTables.allocate(max(rows - 1, 1), device),
             sampling=SamplingTables.allocate(rows, device),
+            features=FeatureTables.allocate(rows, vocab, device),
+            arguments_RP=torch.full((rows, processors), torch.nan, device=device),
         )

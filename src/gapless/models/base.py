@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -39,6 +39,18 @@ class Model(Protocol):
         seconds_of  captures work as a graph and gives the time of its replay.
         also        more numbers of tokens of captured steps; only batch_sizes are worth the time that a choice takes
         """
+        ...
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All memory that it has on its device: weights and tables."""
+        ...
+
+    def check_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CorruptModelError if one of them is not a weight of this model, or not of its shape."""
+        ...
+
+    def update_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these values in the place of the old ones, where graphs look for them. Checked before."""
         ...
 
     def logits(self, hidden_EH: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ class Linear:
     def weights(self) -> tuple[Tensor, Tensor | None]:
         return self.weight_OI, self.bias_O
 
+    def unpack(self) -> Linear:
+        """What pack() was given, as a copy if it is packed."""
+        return self if self.weight_OI.layout == torch.strided else Linear(self.weight_OI.to_dense(), self.bias_O)
+
     def pack(self) -> Linear:
         """On the CPU, the same map in oneDNN's own layout (1.4 to 3 times as fast at decode sizes); else itself."""
         if self.weight_OI.device.type != "cpu" or not _packs(self.weight_OI.dtype):
@@ -105,7 +109,7 @@ class TorchOps:
         self._constants: _StepConstants | None = None
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Normed:
-        return Normed(_rms_norm(x_TH, weight_H, eps))
+        return Normed(self._norm(x_TH, weight_H, eps))
 
     def rope_append(self, qkv_TM: Tensor, rotation: HeadRotation, kv: LayerKV, batch: AttentionBatch) -> Tensor:
         num_tokens, num_kv_heads, head_dim = qkv_TM.shape[0], kv.k_BKSD.shape[1], kv.k_BKSD.shape[3]
@@ -114,9 +118,9 @@ class TorchOps:
         qk_TXD, v_TKD = qkv_TXD[:, :-num_kv_heads], qkv_TXD[:, -num_kv_heads:]
         if rotation.qk_norm_2D is not None:
             parts = zip((qk_TXD[:, :num_heads], qk_TXD[:, num_heads:]), rotation.qk_norm_2D, strict=True)
-            qk_TXD = torch.cat([_rms_norm(heads, weight_D, rotation.eps) for heads, weight_D in parts], dim=1)
+            qk_TXD = torch.cat([self._norm(heads, weight_D, rotation.eps) for heads, weight_D in parts], dim=1)
         step = self._constants_of(batch, rotation.rope_PD, kv)
-        qk_TXD = rotate(qk_TXD, step.rope_TD)
+        qk_TXD = self._rotate(qk_TXD, step.rope_TD)
         write_lines(qk_TXD[:, num_heads:], kv.k_BKSD, step.lines)
         write_lines(v_TKD, kv.v_BKSD, step.lines)
         return qk_TXD[:, :num_heads].contiguous()
@@ -152,15 +156,34 @@ class TorchOps:
     ) -> None:
         return
 
+    def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last dimension."""
+        return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    def _rotate(self, x_TXD: Tensor, rope_TD: Tensor) -> Tensor:
+        return rotate(x_TXD, rope_TD)
 
 
-def make_ops(device: torch.device, choices: Path | None = None) -> LayerOps:
-    """Fused Triton kernels on CUDA, plain torch elsewhere. `choices`: a file that keeps the choice of kernels."""
+def make_ops(device: torch.device, choices: Path | None = None, *, deterministic: bool = False) -> LayerOps:
+    """Fused Triton kernels on CUDA, plain torch elsewhere.
+
+    choices        a file that keeps the choice of kernels
+    deterministic  a token's bits do not depend on what else is in its step; nothing is chosen then
+    """
+    if deterministic:
+        return _make_invariant_ops(device)
     if device.type == "cuda":
         from gapless.kernels.ops import TritonOps
 
         return TritonOps(choices)
     return TorchOps()
+
+
+def _make_invariant_ops(device: torch.device) -> LayerOps:
+    if device.type == "cuda":
+        from gapless.kernels.invariant_ops import InvariantTritonOps
+
+        return InvariantTritonOps()
+    from gapless.models.invariant import InvariantTorchOps
+
+    return InvariantTorchOps()

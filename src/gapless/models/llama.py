@@ -6,7 +6,7 @@ N, K, D and the cache's as in attention/base.py. F2 is 2 F, gate then up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,15 @@ class LlamaLayer:
     gate_up: Linear  # [F2, H]
     down: Linear  # [H, F]
 
+    def unpack(self) -> LlamaLayer:
+        return replace(
+            self,
+            qkv=self.qkv.unpack(),
+            output=self.output.unpack(),
+            gate_up=self.gate_up.unpack(),
+            down=self.down.unpack(),
+        )
+
     def pack(self) -> LlamaLayer:
         return replace(
             self,
@@ -47,11 +56,29 @@ class LlamaWeights:
     layers: list[LlamaLayer]
     norm_H: Tensor
     head: Linear  # [V, H]; the embedding itself where they are tied
+    tied: bool
 
     def count(self) -> int:
         """Of the layers' maps."""
         maps = [each for layer in self.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         return sum(each.weight_OI.numel() for each in maps)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, in no order."""
+        yield self.embed_VH
+        yield self.norm_H
+        yield self.head.weight_OI
+        for layer in self.layers:
+            yield from (layer.input_norm_H, layer.post_norm_H)
+            if layer.qk_norm_2D is not None:
+                yield layer.qk_norm_2D
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                yield from (each for each in linear.weights if each is not None)
+
+    def unpack(self) -> LlamaWeights:
+        """What pack() was given: copies where maps are packed, else the same tensors."""
+        head = Linear(self.embed_VH) if self.tied else self.head.unpack()
+        return replace(self, layers=[layer.unpack() for layer in self.layers], head=head)
 
     def pack(self) -> None:
         """In place, so that only one layer exists twice at a time."""
@@ -79,6 +106,7 @@ class LlamaModel:
         self.weights = weights
         self.num_weights = weights.count()
         self.captures_chunks = attention.captures_chunks
+        self._config = config
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._rope_PD = rope_table(config.rope, config.head_dim, max_position, weights.embed_VH.device)
@@ -105,6 +133,26 @@ class LlamaModel:
         _fill(dict(_targets(config, weights)), tensors, tied=config.tie_embeddings)
         weights.pack()
         return cls(config, weights, attention=attention, ops=ops or make_ops(device), max_position=max_position)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self._rope_PD
+        yield from self.weights.tensors()
+
+    def check_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        targets = {name: target.shape for name, target in _targets(self._config, self.weights.unpack())}
+        for name, tensor in tensors.items():
+            if not _is_ignored(name, tied=self._config.tie_embeddings):
+                _check(name, tensor, targets.get(name))
+
+    def update_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        weights = self.weights.unpack()
+        targets = dict(_targets(self._config, weights))
+        for name, tensor in tensors.items():
+            if not _is_ignored(name, tied=self._config.tie_embeddings):
+                targets[name].copy_(tensor)
+        if weights.layers[0].qkv is not self.weights.layers[0].qkv:
+            weights.pack()
+            self.weights = weights
 
     def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
         layers, ops = self.weights.layers, self._ops
@@ -175,6 +223,7 @@ def _allocate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         layers=[layer() for _ in range(config.num_layers)],
         norm_H=empty(hidden),
         head=Linear(embed_VH if config.tie_embeddings else empty(config.vocab_size, hidden)),
+        tied=config.tie_embeddings,
     )
 
 
@@ -213,19 +262,30 @@ def _split(linear: Linear, widths: dict[str, int]) -> Iterator[tuple[str, Tensor
 def _fill(targets: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, tied: bool) -> None:
     missing = set(targets)
     for name, tensor in tensors:
+        if _is_ignored(name, tied=tied):
+            continue
         target = targets.get(name)
-        if target is None:
-            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-                continue
-            raise CorruptModelError(f"tensor {name!r} does not belong to this architecture as config.json describes it")
-        if tensor.shape != target.shape:
-            raise CorruptModelError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, but config.json calls for {list(target.shape)}"
-            )
-        if name not in missing:
+        _check(name, tensor, None if target is None else target.shape)
+        if name not in missing or target is None:
             raise CorruptModelError(f"tensor {name!r} appears twice")
         target.copy_(tensor)
         missing.remove(name)
     if missing:
         first = sorted(missing)[:3]
         raise CorruptModelError(f"missing tensors: {len(missing)}, among them {', '.join(first)}")
+
+
+def _is_ignored(name: str, *, tied: bool) -> bool:
+    """Whether files have it that do not need it."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _check(name: str, tensor: Tensor, shape: torch.Size | None) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+        raise CorruptModelError(f"tensor {name!r} must be a torch tensor of floating point numbers, with its contents")
+    if shape is None:
+        raise CorruptModelError(f"tensor {name!r} does not belong to this architecture as config.json describes it")
+    if tensor.shape != shape:
+        raise CorruptModelError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, but config.json calls for {list(shape)}"
+        )

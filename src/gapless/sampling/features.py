@@ -31,6 +31,7 @@ BANS: Final = 8
 BAD_WORDS: Final = 16
 LOGPROBS: Final = 32
 MASKED: Final = 64  # a step's mask must come with every sample of this row
+PROCESSED: Final = 128  # it has arguments for logits processors; nothing that these kernels do
 EDITS: Final = PENALTIES | BIAS | ALLOWED | BANS | BAD_WORDS | MASKED
 LISTS: Final = BIAS | BANS | BAD_WORDS
 

@@ -45,6 +45,7 @@ class RowFeatures:
                   included.
     allowed       the only token ids that may be sampled; None: all.
     masked        a mask comes with every step that samples.
+    processed     logits processors have arguments of the row.
     num_logprobs  of how many likeliest tokens, besides the sampled one; None: no logprobs.
     """
 
@@ -57,6 +58,7 @@ class RowFeatures:
     bad_words: Sequence[Sequence[int]] = ()
     allowed: Sequence[int] | Ints | None = None
     masked: bool = False
+    processed: bool = False
     num_logprobs: int | None = None
 
     @property
@@ -70,8 +72,14 @@ class RowFeatures:
             features.BAD_WORDS: any(len(words) > 1 for words in self.bad_words),
             features.LOGPROBS: self.num_logprobs is not None,
             features.MASKED: self.masked,
+            features.PROCESSED: self.processed,
         }
         return sum(flag for flag, wanted in asked.items() if wanted)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the device has to know every token of the row."""
+        return self.flags & (features.PENALTIES | features.BAD_WORDS) != 0
 
     def line(self, vocab: int) -> Ints:
         """What travels: empty for a plain row.

@@ -1,9 +1,10 @@
 """Stop strings: the engine finds them in tokens, the front end cuts the text at them, and both agree.
 
-A request ends with the first token after which decode() of its generated tokens contains one of its stop strings. If
-several are there, the one that begins first counts, and of those the first in the list. Special tokens have no text,
-so a stop string may span them. An incomplete character counts as what decode() shows for it, U+FFFD: that matters only
-to a stop string with U+FFFD in it.
+A request ends with the first token that completes one of its stop strings: decode() of its generated tokens has it, and
+it ends in what differs from decode() of the tokens before. If the token completes several, the one that begins first
+counts, and of those the first in the list. What was complete before a request's min_tokens is text like any other.
+Special tokens have no text, so a stop string may span them. An incomplete character counts as what decode() shows for
+it, U+FFFD: that matters only to a stop string with U+FFFD in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import threading
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from gapless.text.detokenize import BYTE_TOKEN, Detokenizer, bytes_of_token
+from gapless.text.prefixes import Prefixes
 
 _REPLACEMENT = "\ufffd"
 _CHUNK = 16  # token ids that are read at a time
@@ -43,107 +45,55 @@ class StopStrings:
         self._size = max(len(string.encode()) for string in strings)
 
     def completes(self, token_ids: NDArray[np.int32]) -> int | None:
-        """Which of the strings the text of these generated tokens contains since its last token; None if none.
+        """Which of the strings the last of these generated tokens completes; None if none.
 
         To be asked after each candidate. The cost grows with the longest string, not with the number of tokens; only
         a run of byte tokens like <0xE4> has to be read as a whole.
         """
-        found = self.find(self._texts.tail(token_ids, self._size))
-        return None if found is None else found[1]
+        found = self.locate(token_ids)
+        return None if found is None else found[0]
 
-    def find(self, text: str) -> tuple[int, int] | None:
-        """Where in `text` which string begins first; at the same place, the first in the list."""
-        found = [(at, index) for index, string in enumerate(self.strings) if (at := text.find(string)) >= 0]
-        return min(found, default=None)
-
-    def cut(self, text: str, *, include: bool = False) -> str:
-        """`text` up to the first stop string, or up to its end with `include`; all of it if there is none."""
-        found = self.find(text)
-        if found is None:
-            return text
-        at, index = found
-        return text[: at + len(self.strings[index])] if include else text[:at]
+    def locate(self, token_ids: NDArray[np.int32]) -> tuple[int, int] | None:
+        """completes(), and how many characters before the end of all the text that string begins."""
+        text, before = self._texts.tail(token_ids, self._size)
+        if not any(string in text for string in self.strings):
+            return None
+        known = _common_length(before, text)
+        found = [
+            (at, index)
+            for index, string in enumerate(self.strings)
+            if (at := text.find(string, max(0, known + 1 - len(string)))) >= 0
+        ]
+        at, index = min(found, default=(-1, -1))
+        return None if at < 0 else (index, len(text) - at)
 
 
 class StopFilter:
-    """A detokenizer that ends its text at a stop string. The pieces add up to cut() of all the text.
+    """A detokenizer of a continuation that may end by a stop string. The pieces add up to all the text before it.
 
-    It holds back the longest tail that may still become a stop string. After a stop string it drops what is pushed,
-    and decides with flush(): a stop string that begins earlier may end in the text that flush() brings.
-    Linear in the text.
+    It holds back the longest tail that may still become a stop string. Linear in the text.
     """
 
-    def __init__(self, inner: Detokenizer, stops: StopStrings, *, include: bool = False) -> None:
+    def __init__(self, inner: Detokenizer, stops: StopStrings) -> None:
         self._inner = inner
-        self._stops = stops
-        self._include = include
+        self._prefixes = stops.prefixes
         self._held = ""
         self._state = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these further ids make certain, and that belongs to no stop string."""
-        prefixes = self._stops.prefixes
-        if prefixes.complete[self._state]:
-            return ""
+        """The text that these further ids make certain and that can belong to no stop string. None of them is the
+        continuation's last, so a stop string that is complete here has not ended it."""
         new = self._inner.push(token_ids)
-        self._state, read = prefixes.read(self._state, new)
+        self._state = self._prefixes.read(self._state, new)
         text = self._held + new
-        certain = len(self._held) + read - prefixes.depth[self._state]
+        certain = len(text) - self._prefixes.depth[self._state]
         self._held = text[certain:]
         return text[:certain]
 
-    def flush(self) -> str:
-        """The rest, up to the stop string if there is one."""
-        return self._stops.cut(self._held + self._inner.flush(), include=self._include)
-
-
-class Prefixes:
-    """How long a prefix of one of the strings a text ends with, in constant time per character.
-
-    A state is such a prefix, 0 the empty one; depth[state] is its length, complete[state] whether a string ends there.
-    Source: Aho and Corasick, Efficient string matching: an aid to bibliographic search (1975).
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.depth = [0]
-        self.complete = [False]
-        self._next: list[dict[str, int]] = [{}]
-        for string in strings:
-            state = 0
-            for length, character in enumerate(string, start=1):
-                state = self._next[state].setdefault(character, len(self.depth))
-                if state == len(self.depth):
-                    self.depth.append(length)
-                    self.complete.append(False)
-                    self._next.append({})
-            self.complete[state] = True
-        self._fallback = [0] * len(self.depth)  # the longest other prefix that a state ends with
-        waiting = deque(self._next[0].values())
-        while waiting:
-            state = waiting.popleft()
-            for character, following in self._next[state].items():
-                fallback = self._fallback[following] = self._step(self._fallback[state], character)
-                self.complete[following] |= self.complete[fallback]
-                waiting.append(following)
-        self._first = re.compile(f"[{re.escape(''.join(self._next[0]))}]")
-
-    def read(self, state: int, text: str) -> tuple[int, int]:
-        """The state after `text`, and how much of it was read: up to the first end of a string."""
-        at = 0
-        while at < len(text) and not self.complete[state]:
-            if not state:
-                match = self._first.search(text, at)
-                if match is None:
-                    return 0, len(text)
-                at = match.start()
-            state = self._step(state, text[at])
-            at += 1
-        return state, at
-
-    def _step(self, state: int, character: str) -> int:
-        while state and character not in self._next[state]:
-            state = self._fallback[state]
-        return self._next[state].get(character, 0)
+    def finish(self, token_ids: Sequence[int], surplus: int) -> str:
+        """The rest, with the last ids, but for the last `surplus` characters of all the text."""
+        rest = self._held + self._inner.push(token_ids) + self._inner.flush()
+        return rest[: len(rest) - surplus]
 
 
 class TokenTexts(Protocol):
@@ -153,8 +103,9 @@ class TokenTexts(Protocol):
         """bool[V]: the tokens that can be the last of one of the strings. May say yes too often, never no."""
         ...
 
-    def tail(self, token_ids: NDArray[np.int32], size: int) -> str:
-        """The end of decode(): all that changed with the last token, and `size` bytes before it or more."""
+    def tail(self, token_ids: NDArray[np.int32], size: int) -> tuple[str, str]:
+        """The end of decode(): all that changed with the last token, and `size` bytes before it or more. And the same,
+        from the same place on, without the last token."""
         ...
 
 
@@ -180,10 +131,11 @@ class JoinedTexts:
     def candidates(self, strings: Sequence[str]) -> NDArray[np.bool_]:
         return self._index.candidates(strings)
 
-    def tail(self, token_ids: NDArray[np.int32], size: int) -> str:
+    def tail(self, token_ids: NDArray[np.int32], size: int) -> tuple[str, str]:
         tokens, in_run = self._tokens, self._in_run
         parts: list[bytes] = []  # the last first, and that does not count for what is missing
         run: list[bytes] = []
+        newest = b""  # a run at the end without the last token
         missing = size + self._MARGIN
         for token in _backwards(token_ids):
             part = tokens[token] if token < len(tokens) else None
@@ -194,17 +146,32 @@ class JoinedTexts:
                 continue
             if run:
                 whole = _text_of_run(run)
-                missing -= len(whole) if parts else 0
+                if parts:
+                    missing -= len(whole)
+                else:
+                    newest = _text_of_run(run[1:])
                 parts.append(whole)
                 run = []
             missing -= len(part) if parts else 0
             parts.append(part)
             if missing <= 0:
                 break
-        data = b"".join(reversed([*parts, _text_of_run(run)]))
-        if missing <= 0:
-            data = _without_torn(data, self._MARGIN)
-        text = data.decode(errors="replace")
+        if run and not parts:
+            newest = _text_of_run(run[1:])
+        parts.append(_text_of_run(run))
+        parts.reverse()
+        text = self._decode(parts, torn=missing <= 0)
+        if not self._has_text(token_ids[-1:]):
+            return text, text
+        parts[-1] = newest
+        return text, self._decode(parts, torn=missing <= 0)
+
+    def _has_text(self, last: NDArray[np.int32]) -> bool:
+        return any(token < len(self._tokens) and self._tokens[token] is not None for token in last.tolist())
+
+    def _decode(self, parts: list[bytes], *, torn: bool) -> str:
+        data = b"".join(parts)
+        text = (_without_torn(data, self._MARGIN) if torn else data).decode(errors="replace")
         return text[1:] if self._strips and text.startswith(" ") else text
 
 
@@ -221,10 +188,11 @@ class WindowTexts:
     def candidates(self, strings: Sequence[str]) -> NDArray[np.bool_]:
         return self._has_text[:-1].copy()
 
-    def tail(self, token_ids: NDArray[np.int32], size: int) -> str:
+    def tail(self, token_ids: NDArray[np.int32], size: int) -> tuple[str, str]:
         count = 8
         while True:
             ids = np.minimum(token_ids[-count:], self._runs.size)
+            textless = bool(ids.size) and not self._has_text[ids[-1]]
             ids = ids[self._has_text[ids]]
             borders = np.flatnonzero(~self._runs[ids])  # a run is read as a whole, and so has none within
             whole = count >= token_ids.size
@@ -233,7 +201,9 @@ class WindowTexts:
                 last = int(borders[-1]) + 1 if borders.size else 0
                 before = self._decode(ids[begin : min(last, ids.size - 1)])
                 if whole or len(before) >= size + self._MARGIN:
-                    return self._decode(ids[begin:])[0 if whole else self._MARGIN :]
+                    start = 0 if whole else self._MARGIN
+                    text = self._decode(ids[begin:])[start:]
+                    return text, text if textless else self._decode(ids[begin:-1])[start:]
             count *= 2
 
     def _decode(self, token_ids: NDArray[np.int32]) -> str:
@@ -358,6 +328,13 @@ def _joins(steps: list[dict[str, Any]]) -> bool:
 def _steps(decoder: Any) -> list[dict[str, Any]]:
     state: dict[str, Any] = {} if decoder is None else json.loads(decoder.__getstate__())
     return state.get("decoders", [])
+
+
+def _common_length(one: str, other: str) -> int:
+    """Of the beginning that two texts share."""
+    if other.startswith(one):
+        return len(one)
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _backwards(token_ids: NDArray[np.int32]) -> Iterator[int]:

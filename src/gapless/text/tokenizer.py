@@ -11,7 +11,13 @@ from typing import cast
 import tokenizers
 
 from gapless.errors import CorruptModelError, InvalidRequestError
-from gapless.text.detokenize import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from gapless.text.detokenize import (
+    BYTE_TOKEN,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+    bytes_of_token,
+)
 from gapless.text.stops import StopCache, StopStrings
 
 _NOT_TEXT = "the text has half of a surrogate pair and is not valid Unicode"
@@ -25,6 +31,7 @@ class Tokenizer:
     special_tokens  name -> text, as chat templates ask for them: bos_token, eos_token, unk_token, pad_token.
     special_pattern matches a special token that is spelled out in a text.
     chat_template   the template's source, or None.
+    folder          where it was read from, None if it was not.
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class Tokenizer:
         inner: tokenizers.Tokenizer,
         special_tokens: dict[str, str] | None = None,
         chat_template: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         inner.no_padding()
         inner.no_truncation()
@@ -40,6 +48,7 @@ class Tokenizer:
         self._token_bytes: dict[int, bytes] = {}
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
+        self.folder = folder
         added = inner.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
         special_texts = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
@@ -58,7 +67,7 @@ class Tokenizer:
         except Exception as error:
             raise CorruptModelError(f"{path} is not a tokenizer: {error}") from error
         settings = _settings(folder / "tokenizer_config.json")
-        return cls(inner, _special_tokens(settings), _chat_template(folder, settings))
+        return cls(inner, _special_tokens(settings), _chat_template(folder, settings), folder)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -121,6 +130,20 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
         return self._inner.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, be it a part of a character; of a special one its spelling. b"" for no token."""
+        token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            return b""
+        if token_id in self._special_ids:
+            return token.encode()
+        if isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
+            return bytes_of_token(token)
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        once, twice = self.decode([token_id]), self.decode([token_id] * 2)  # some drop a space before all the text
+        return twice[len(once) :].encode()
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

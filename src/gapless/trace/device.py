@@ -162,6 +162,9 @@ class TracedDevice:
     def peak_bytes(self, *, reset: bool = False) -> int:
         return self.inner.peak_bytes(reset=reset)
 
+    def release(self) -> None:
+        self.inner.release()
+
     def close(self) -> None:
         self.inner.close()
         if self._clock is not None:

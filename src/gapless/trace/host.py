@@ -12,9 +12,9 @@ from gapless.device.base import Device, Note
 from gapless.engine.build import Parts
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Runner
-from gapless.engine.slots import Slot, SlotRing
-from gapless.outcome import Committed
-from gapless.plan import Ints, Plan
+from gapless.engine.slots import Slot, SlotRing, SlotSizes
+from gapless.outcome import Committed, Sampled
+from gapless.plan import Plan
 from gapless.scheduler import Scheduler
 from gapless.spans import Span
 from gapless.trace.record import LANES, PREFILL, Trace
@@ -88,7 +88,7 @@ class TracedScheduler(Scheduler):
         self._lane.planned(plan, begin)
         return plan
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         begin = perf_counter()
         committed = super().commit(plan, sampled)
         self._lane.booked("commit", plan.step, begin)
@@ -102,11 +102,11 @@ class TracedScheduler(Scheduler):
 
 
 class TracedSlotRing(SlotRing):
-    def __init__(self, lane: HostLane, device: Device, count: int, capacity: int, max_rows: int) -> None:
-        super().__init__(device, count, capacity, max_rows)
+    def __init__(self, lane: HostLane, device: Device, count: int, sizes: SlotSizes) -> None:
+        super().__init__(device, count, sizes)
         self._lane = lane
 
-    def collect(self, slot: Slot) -> Ints:
+    def collect(self, slot: Slot) -> Sampled:
         self._lane.launched()
         begin = perf_counter()
         try:

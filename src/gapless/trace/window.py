@@ -85,9 +85,8 @@ def typical_window(run: Run, steps: int) -> Window:
     Steps with prompt tokens are left out, unless no two decode steps follow each other. Raises InputFileError if the
     steps took no time.
     """
-    stages = sorted(
-        (span for span in run.spans if span.lane == COMPUTE and span.step >= 0), key=lambda span: span.begin
-    )
+    spans = sorted((span for span in run.spans if span.lane == COMPUTE and span.step >= 0), key=lambda span: span.begin)
+    stages = [next(group) for _, group in groupby(spans, key=lambda span: span.step)]  # a stage may have two parts
     stretches = [list(group) for _, group in groupby(stages, key=lambda span: span.name == PREFILL)]
     stretches = [each for each in stretches if each[0].name != PREFILL and len(each) > 1] or [stages]
     count = min(steps, max(len(each) for each in stretches) - 1)

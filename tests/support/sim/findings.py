@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Finding = Literal["race", "tokens", "books", "liveness", "error"]
+Finding = Literal["race", "tokens", "logprobs", "books", "liveness", "error"]
 
 
 @dataclass(frozen=True, slots=True)

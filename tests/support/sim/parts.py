@@ -6,7 +6,7 @@ release. A planted fault swaps one of them for a worse one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,6 @@ from torch import Tensor
 from gapless.blocks import BlockPool
 from gapless.budget import FIRST_PATIENCE
 from gapless.config import SchedulerLimits
-from gapless.device.base import Access
-from gapless.device.sim import Order, SimDevice
 from gapless.device.sim.streams import SimEvent, SimStream
 from gapless.engine.admission import Admission
 from gapless.engine.graphs import GraphTable
@@ -26,137 +24,26 @@ from gapless.engine.layout import StepInputs, StepShape
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot, SlotRing
-from gapless.errors import OutOfMemoryError
 from gapless.models.base import Model
-from gapless.outcome import Committed
+from gapless.outcome import Committed, Sampled
 from gapless.plan import Ints, Plan
+from gapless.request import FinishReason
 from gapless.rows import RowState, RowTable
-from gapless.sampling.base import Sampler, SamplingTables
-from gapless.sampling.features import FeatureTables, StepMasks
+from gapless.sampling.base import Sampler
 from gapless.scheduler import Scheduler
 from gapless.waiting import SequenceState
 from support.sim.findings import Broken
-from support.sim.model import MixSampler, NumpyHashModel, answer
-from support.sim.schedule import Move, Shortage
+from support.sim.model import MixSampler, NumpyHashModel
+from support.sim.oracle import answer
+from support.sim.rig_device import POISON_TOKEN, RigDevice
+from support.sim.rig_engine import RigEngine
+from support.sim.rig_masking import RigMasking
+from support.sim.schedule import Move
 
 if TYPE_CHECKING:
     from support.sim.rig import Rig
 
-POISON_TOKEN = -1_163_005_939
-
 Fill = Callable[[Plan, Ints, Ints, StepShape, int], None]
-
-
-@dataclass(slots=True)
-class _Watched:
-    """A buffer on the device, and what it held when something that may write to it was there last."""
-
-    name: str
-    memory: NDArray[np.generic]
-    content: bytes
-
-    def check(self) -> None:
-        before, self.content = self.content, self.memory.tobytes()
-        if self.content != before:
-            raise Broken("books", f"{self.name} changed outside queued work")
-
-
-class RigDevice(SimDevice):
-    """Runs out of memory where the schedule says, with streams and events that a fault may replace.
-
-    Watches memory on the device: the host must not change it past every stream, which no checker would be told of.
-    """
-
-    def __init__(self, order: Order, parts: Parts, *, captures_graphs: bool, audit: bool) -> None:
-        super().__init__(order, captures_graphs=captures_graphs, audit=audit)
-        self.parts = parts
-        self.shortages: dict[int, Shortage] = {}  # by step, still to come
-        self.failed_at: list[Shortage] = []
-        self._watched: dict[int, _Watched] = {}  # by address
-        self.pool: RigPool | None = None  # none before start-up is over
-
-    def watch(self, buffers: dict[str, Tensor]) -> None:
-        """From now on, only queued work and `poison` may change these."""
-        for name, buffer in buffers.items():
-            memory = buffer.numpy()
-            self._watched[buffer.data_ptr()] = _Watched(name, memory, memory.tobytes())
-            self.audit_too(name, buffer)
-
-    def check_watched(self) -> None:
-        """Whether all of it is as the last piece of work has left it."""
-        for each in self._watched.values():
-            each.check()
-
-    def poison(
-        self, tensor: Tensor, name: str, units: NDArray[np.integer] | None = None, value: int = POISON_TOKEN
-    ) -> None:
-        watched = self._watched.get(tensor.data_ptr())
-        if watched is not None:
-            watched.check()
-        super().poison(tensor, name, units, value)
-        if watched is not None:
-            watched.content = watched.memory.tobytes()
-
-    def _run(self, stream: SimStream) -> None:
-        self.check_watched()
-        super()._run(stream)
-        for each in self._watched.values():
-            each.content = each.memory.tobytes()
-
-    def stream(self, name: str) -> SimStream:
-        stream = self.parts.stream(self, name, self.checker.add_thread(name))
-        self.adopt(stream)
-        return stream
-
-    def event(self, name: str = "", *, timed: bool = False) -> SimEvent:
-        return self.parts.event(self, name or "event")
-
-    def run_checked(self, work: Callable[[], None], accesses: Callable[[], Iterable[Access]]) -> None:
-        assert self._running is not None
-        stream = self._running[0].name
-        self.reach(f"before {stream}")
-        super().run_checked(work, accesses if accesses is tuple else lambda: self._check_writes(accesses()))
-        self.reach(f"after {stream}")
-
-    def _check_writes(self, accesses: Iterable[Access]) -> Iterable[Access]:
-        """Streams run in order, so that no race tells of a step that writes what another row reads."""
-        for access in accesses:
-            if self.pool is not None and access.write and access.name == "keys 0":
-                assert access.units is not None
-                self.pool.check_writes(access.units)
-            yield access
-
-    def reach(self, place: str) -> None:
-        """The work in hand has come to this place: it raises if its step has no memory there."""
-        assert self._running is not None
-        step = self._running[1].note.step
-        if self.shortages.get(step) == place:
-            self.failed_at.append(self.shortages.pop(step))
-            raise OutOfMemoryError("the schedule has taken the memory")
-
-
-class RigSampler:
-    """A sampler that the schedule can take the memory from."""
-
-    def __init__(self, sampler: Sampler, device: RigDevice) -> None:
-        self._sampler = sampler
-        self._device = device
-
-    def sample(
-        self,
-        logits_EV: Tensor,
-        rows_E: Tensor,
-        positions_E: Tensor,
-        tables: SamplingTables,
-        *,
-        all_greedy: bool,
-        features: FeatureTables | None = None,
-        masks: StepMasks | None = None,
-    ) -> Tensor:
-        self._device.reach("between forward and sampling")
-        return self._sampler.sample(
-            logits_EV, rows_E, positions_E, tables, all_greedy=all_greedy, features=features, masks=masks
-        )
 
 
 class RigPool(BlockPool):
@@ -197,6 +84,7 @@ class RigScheduler(Scheduler):
     def __init__(self, limits: SchedulerLimits, rig: Rig) -> None:
         super().__init__(limits)
         self.rig = rig
+        self._done: dict[int, int] = {}  # the most tokens of each request that retired steps have computed or found
         self.pool = rig.parts.pool(limits.num_blocks)
         self.rows = rig.parts.rows(limits.max_rows, limits.max_model_len, limits.block_columns)
         self.pool.rig = self.rows.rig = rig
@@ -236,9 +124,29 @@ class RigScheduler(Scheduler):
                     raise Broken("books", f"request {request_id} begins at token {start}")
             self._fed[request_id] = start + count
 
+    def recompute_all(self, *, restart: bool) -> tuple[int, ...]:
+        self.rig.owners.forget_blocks()
+        lost = super().recompute_all(restart=restart)
+        if restart:
+            self._fed.clear()
+        return lost
+
     def _take_row(self, sequence: SequenceState, shared: list[int]) -> int:
-        self.rig.owners.check_shared(sequence.request.request_id, sequence.tokens.size, shared)
+        request = sequence.request
+        self.rig.check_begin(request)
+        self.rig.owners.check_shared(request.request_id, sequence.tokens.size, shared)
+        follows = sequence.cached < 0 and request.leader >= 0
+        leads = request.leader not in self.rig.ended | self.rig.cancelled
+        if follows and leads and not self._prompt_is_there(request.leader):
+            raise Broken("books", f"request {request.request_id} goes before the prompt of its leader is there")
+        done, found = self._done.get(request.request_id, 0), len(shared) * self.limits.block_size
+        self._done[request.request_id] = max(done, found)
         return super()._take_row(sequence, shared)
+
+    def _prompt_is_there(self, request_id: int) -> bool:
+        """Whether steps have computed all of its full blocks but one with the last token."""
+        size = self.limits.block_size
+        return self._done.get(request_id, 0) // size >= (len(self.rig.owners.moves[request_id].prompt) - 1) // size
 
     def _plan_decodes(self) -> tuple[Ints, Ints]:
         """Rows sit out only if they need a block, and those of rows that drain cover it."""
@@ -263,6 +171,8 @@ class RigScheduler(Scheduler):
             raise Broken("books", f"query tokens {counts.tolist()} do not begin with {decodes} decodes")
         if np.unique(rows).size != rows.size or plan.all_greedy != self.rows.greedy[rows].all():
             raise Broken("books", f"rows {rows.tolist()} are there twice, or all_greedy is wrong")
+        if plan.lines is not None and plan.lines.lines_P.size > self.limits.max_line_numbers:
+            raise Broken("books", f"{plan.lines.lines_P.size} numbers of features do not fit into a slot")
         if plan.block_ids_U.size > self.limits.max_block_updates:
             raise Broken("books", f"{plan.block_ids_U.size} block updates do not fit into a slot")
 
@@ -271,6 +181,8 @@ class RigScheduler(Scheduler):
         owners, table, left = self.rig.owners, self.rows, self.requests_without_row()
         admitted = rowless - left
         left |= set(table.request_id[table.state == RowState.PREEMPTED].tolist())
+        if self.rig.engine.holds_back:
+            left = {request_id for request_id in left if owners.has_begun(request_id)}
         if oldest in left:
             raise Broken("liveness", "the oldest running request was preempted")
         if (
@@ -305,19 +217,31 @@ class RigScheduler(Scheduler):
         if table.request_id[row] != self.rig.owners.last(table.request_id[running].tolist()):
             raise Broken("liveness", f"request {table.request_id[row]} was preempted before a younger one")
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         self._good_steps += 1
         self.rig.boundary("commit", plan.step)
+        ends = zip(plan.rows_E.tolist(), (plan.starts_E + plan.counts_E).tolist(), strict=True)
+        for row, end in ends:
+            request_id = int(self.rows.request_id[row])
+            self._done[request_id] = max(end, self._done.get(request_id, 0))
         committed = super().commit(plan, sampled)
+        for leader in self._held:
+            if self._prompt_is_there(leader):
+                raise Broken("liveness", f"who waits for the prompt of request {leader} is not let go")
         self.rig.ended.update(end.request_id for end in committed.finished)
         self.rig.boundary("committed", plan.step)
         return committed
+
+    def fail(self, request_id: int, error: str) -> None:
+        super().fail(request_id, error)
+        self.rig.ended.update(end.request_id for end in self._finished if end.reason is FinishReason.ERROR)
 
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
         self.rig.boundary("abandon", failed.step)
         self.rig.count_failure()
         tokens = self.budget.tokens
         committed = super().abandon(failed, skipped)
+        self.rig.check_features()
         if self._good_steps < FIRST_PATIENCE and self.budget.tokens > max(1, tokens // 2):
             raise Broken("liveness", f"the budget stays at {tokens} tokens after one failure upon the other")
         self._good_steps = 0
@@ -331,7 +255,7 @@ class RigSlots(SlotRing):
 
     rig: Rig
 
-    def collect(self, slot: Slot) -> Ints:
+    def collect(self, slot: Slot) -> Sampled:
         self.rig.boundary("collect", slot=slot.letter)
         try:
             return super().collect(slot)
@@ -340,17 +264,48 @@ class RigSlots(SlotRing):
 
 
 class RigRunner(Runner):
-    """Lets the schedule act between fill and launch, and after it."""
+    """Lets the schedule act between fill and launch, after it, and when the sampling of a step with masks is queued."""
 
     rig: Rig
+    _weights: list[Tensor]
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
         if self.rig.parts.fill is not None:
             self.rig.parts.fill(plan, self.rig.scheduler.rows.tokens, slot.packed, shape, self.scratch_row)
+        self.rig.engine.check_launch()
         self.rig.boundary("launch", plan.step, slot.letter)
         self.rig.take_memory(plan)
-        super().launch(plan, slot, shape)
+        launch_sampling = super().launch(plan, slot, shape)
         self.rig.boundary("launched", plan.step, slot.letter)
+
+        def launch_after_moves(masks: int) -> None:
+            self.rig.boundary("masks", plan.step, slot.letter)
+            launch_sampling(masks)
+
+        return launch_after_moves if plan.masked else launch_sampling
+
+    def update_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        self.rig.update(int(tensors["key"]))
+        super().update_weights(tensors)
+
+    def sleep(self) -> None:
+        """Weights, KV cache and graphs are given back: what is there until wake() is rubbish."""
+        if not self.asleep:
+            self.rig.check_idle("memory is given back")
+            self._weights = [tensor.clone() for tensor in self.model.tensors()]
+            for tensor in self.model.tensors():
+                self.rig.device.poison(tensor, "weights")
+            self.rig.poison_blocks(np.arange(self.rig.schedule.limits.num_blocks))
+        super().sleep()
+
+    def wake(self) -> None:
+        if self.asleep:
+            for tensor, content in zip(self.model.tensors(), self._weights, strict=True):
+                tensor.copy_(content)
+        super().wake()
+        for slot in self.rig.loop.slots.slots:  # where graphs were captured with them
+            if not slot.in_flight:
+                self.rig.poison_slot(slot)
 
     def unpack(self, inputs: StepInputs, shape: StepShape) -> Tensor:
         tokens_T = super().unpack(inputs, shape)
@@ -372,6 +327,8 @@ class Parts:
     stream: type[SimStream] = SimStream
     event: type[SimEvent] = SimEvent
     loop: type[Loop] = Loop
+    engine: type[RigEngine] = RigEngine
+    masking: type[RigMasking] = RigMasking
     admission: type[Admission] = Admission
     scheduler: type[RigScheduler] = RigScheduler
     pool: type[RigPool] = RigPool

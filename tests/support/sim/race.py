@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -24,14 +24,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gapless.params import SamplingParams
 from support.sim.rig import Result, run
-from support.sim.schedule import Move, Schedule, generate
+from support.sim.schedule import TARGETED, Move, Schedule, generate
 from support.sim.shrink import shrink
 
-CHUNK = 250
+CHUNK = 50
 FOLDER = Path(".race")
 STATE = FOLDER / "state.json"
 MAX_KEPT = 100
+_PLAIN = SamplingParams()
 SUPPORT = Path(__file__).parents[1]
 PRODUCT = sorted(
     Path(module.__file__) for name, module in sys.modules.items() if name.startswith("gapless") and module.__file__
@@ -51,6 +53,8 @@ class Totals:
     tokens: int = 0
     preemptions: int = 0
     cancelled: int = 0
+    updates: int = 0
+    pauses: int = 0
     overshoot: int = 0
     failed_steps: int = 0
     failed: int = 0
@@ -64,6 +68,8 @@ class Totals:
         self.tokens += sum(map(len, result.tokens.values()))
         self.preemptions += result.preemptions
         self.cancelled += sum(end.reason.value == "cancelled" for end in result.finished.values())
+        self.updates += result.commands["update"]
+        self.pauses += result.commands["pause"] + result.commands["sleep"]
         self.overshoot += result.overshoot
         self.failed_steps += result.failed_steps
         if result.violation is not None:
@@ -264,9 +270,18 @@ def describe(schedule: Schedule, result: Result, last: int | None = None) -> str
 
 def _what(move: Move) -> str:
     if move.kind == "add":
-        more = [f"{name} {value!r}, " for name in ("priority", "salt", "arrivals") if (value := getattr(move, name))]
-        return f"add a prompt of {len(move.prompt)}, {''.join(more)}{move.params}"
-    return f"a step runs out of memory {move.where}" if move.kind == "exhaust" else f"{move.kind} request {move.target}"
+        more = ("priority", "salt", "arrivals", "endings", "form")
+        asked = {name: value for name in more if (value := getattr(move, name))}
+        names = [field.name for field in fields(move.params) if field.compare]
+        asked |= {name: value for name in names if (value := getattr(move.params, name)) != getattr(_PLAIN, name)}
+        return ", ".join([f"add a prompt of {len(move.prompt)}", *(f"{name} {asked[name]!r}" for name in asked)])
+    if move.kind == "exhaust":
+        return f"a step runs out of memory {move.where}"
+    if move.kind == "update":
+        return f"update the weights, in_flight {move.in_flight!r}"
+    if move.kind not in TARGETED:
+        return move.kind
+    return f"{move.kind} request {move.target}{f', answer {move.place}' if move.place else ''}"
 
 
 if __name__ == "__main__":

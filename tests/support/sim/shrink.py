@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from support.sim.schedule import Move, Schedule
+from gapless.params import SamplingParams
+from support.sim.schedule import TARGETED, Move, Schedule
 
 _ORDERS = 4  # order seeds that are tried
+_PLAIN = SamplingParams()
+_FEATURES = (
+    "n",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "logprobs",
+    "prompt_logprobs",
+    "processor_args",
+)
 
 
 def shrink(schedule: Schedule, fails: Callable[[Schedule], bool], budget: int = 2000) -> Schedule:
@@ -75,16 +90,19 @@ def _smaller_move(move: Move) -> Iterator[Move]:
         if 0 < size < len(move.prompt):
             yield replace(move, prompt=move.prompt[:size])
     params = move.params
-    for name, plain in (("priority", 0), ("salt", ""), ("arrivals", 0)):
+    for name, plain in (("priority", 0), ("salt", ""), ("arrivals", 0), ("endings", ()), ("form", None)):
         if getattr(move, name) != plain:
             yield replace(move, **{name: plain})
+    for name in _FEATURES:
+        if getattr(params, name) != getattr(_PLAIN, name):
+            yield replace(move, params=replace(params, **{name: getattr(_PLAIN, name)}))
     if not params.greedy:
         yield replace(move, params=replace(params, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0))
     if params.stop_token_ids:
         yield replace(move, params=replace(params, stop_token_ids=(), ignore_eos=True))
     for tokens in (1, (params.max_tokens or 2) // 2, (params.max_tokens or 2) - 1):
         if 0 < tokens < (params.max_tokens or 2):
-            yield replace(move, params=replace(params, max_tokens=tokens))
+            yield replace(move, params=replace(params, max_tokens=tokens, min_tokens=min(tokens, params.min_tokens)))
 
 
 def _without(moves: tuple[Move, ...], gone: set[int]) -> tuple[Move, ...]:
@@ -100,7 +118,7 @@ def _without(moves: tuple[Move, ...], gone: set[int]) -> tuple[Move, ...]:
     for index, move in enumerate(moves):
         if index in gone:
             continue
-        if move.kind in ("add", "exhaust"):
+        if move.kind not in TARGETED:
             kept.append(move)
         elif move.target in numbers:
             kept.append(replace(move, target=numbers[move.target]))

@@ -115,6 +115,9 @@ class SimDevice:
     def peak_bytes(self, *, reset: bool = False) -> int:
         return 0
 
+    def release(self) -> None:
+        return
+
     def close(self) -> None:
         if not self._closed:
             for stream in self._streams:

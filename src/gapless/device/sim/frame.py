@@ -36,21 +36,40 @@ class Frame:
             self.know(name, buffer)
         hidden: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         fixed: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        untouched: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        used: dict[int, list[Access]] = {}
+        for each in declared:
+            used.setdefault(each.buffer.data_ptr(), []).append(each)
         for address, (name, buffer) in self._buffers.items():
-            uses = [each for each in declared if each.buffer.data_ptr() == address]
+            uses = used.get(address)
+            if uses is None:
+                untouched.append((name, buffer, buffer.clone()))
+                buffer.fill_(_rubbish(buffer))
+                continue
             unused, unwritten = _left_out(buffer, uses), _left_out(buffer, [each for each in uses if each.write])
             kept = buffer[unused].clone()
-            buffer[unused] = float("nan") if buffer.is_floating_point() else _RUBBISH
+            buffer[unused] = _rubbish(buffer)
             hidden.append((name, buffer, unused, kept))
             fixed.append((name, buffer, unwritten, buffer[unwritten].clone()))
         try:
             work()
+            for name, buffer, _ in untouched:
+                same = buffer.isnan() if buffer.is_floating_point() else buffer == _RUBBISH
+                if not same.all():
+                    raise InternalError(f"{what} wrote to {name} without declaring it")
             for name, buffer, units, before in fixed:
                 if not torch.equal(buffer[units].nan_to_num(-1.0), before.nan_to_num(-1.0)):
                     raise InternalError(f"{what} wrote to {name} without declaring it")
         finally:
+            for _, buffer, kept in untouched:
+                buffer.copy_(kept)
             for _, buffer, units, kept in hidden:
                 buffer[units] = kept
+
+
+def _rubbish(buffer: torch.Tensor) -> float:
+    """What it is filled with."""
+    return float("nan") if buffer.is_floating_point() else _RUBBISH
 
 
 def _left_out(buffer: torch.Tensor, uses: Sequence[Access]) -> torch.Tensor:

@@ -20,8 +20,8 @@ class TrackedArray(NDArrayOperatorsMixin):
     """Stands in for a numpy array, which it deliberately is not: numpy and torch can not get at its memory.
 
     Subscripts, operators, ufuncs, copy, tolist, fill and iteration are booked as uses of the whole pinned buffer. A
-    slice is tracked like the buffer that it is a part of, and no use yet; np.asarray gives a read-only copy. Other
-    methods of arrays and numpy functions raise InternalError.
+    slice or a reshape is tracked like the buffer that it is a part of, and no use yet; np.asarray gives a read-only
+    copy. Other methods of arrays and numpy functions raise InternalError.
 
     Not seen: what the host does to the torch tensor that `Device.pinned` returned, and to device memory.
     """
@@ -86,6 +86,12 @@ class TrackedArray(NDArrayOperatorsMixin):
 
     def __getattr__(self, name: str) -> Never:
         raise AttributeError(name) if name.startswith("__") else self._refused(name)
+
+    def reshape(self, *shape: int) -> TrackedArray:
+        part = self._memory.reshape(*shape)
+        if part.base is not self._base:
+            raise self._refused("a reshape that copies")
+        return TrackedArray(self._tensor, self._name, self._owner, part)
 
     def copy(self) -> NDArray[Any]:
         return self.__array__(copy=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gapless.attention.base import AttentionBatch, LayerKV
-from gapless.device.base import Graph
 from gapless.engine.fill import fill
-from gapless.engine.graphs import GraphTable
-from gapless.engine.layout import StepInputs, StepShape, sections_of
-from gapless.engine.runner import Extent
+from gapless.engine.graphs import GraphTable, StepGraphs
+from gapless.engine.layout import Edits, StepInputs, StepShape, sections_of
 from gapless.engine.slots import Slot
+from gapless.engine.stage import Extent, Half
+from gapless.logits_processor import LogitsProcessor
 from gapless.plan import Ints, Plan
 from support.hash_model import HashModel
 from support.sim.parts import Parts, RigRunner, RigScheduler
@@ -89,8 +89,19 @@ def told(change: Callable[[Extent], Extent]) -> Parts:
     """Parts whose compute stage is given other bounds."""
 
     class Misinformed(RigRunner):
-        def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
-            super().compute_step(slot, shape, change(extent))
+        def forward(self, slot: Slot, shape: StepShape, extent: Extent, half: Half) -> None:
+            super().forward(slot, shape, change(extent), half)
+
+        def finish(
+            self,
+            slot: Slot,
+            shape: StepShape,
+            extent: Extent,
+            half: Half,
+            edits: Edits,
+            processors: Sequence[LogitsProcessor] = (),
+        ) -> None:
+            super().finish(slot, shape, change(extent), half, edits, processors)
 
     return Parts(runner=Misinformed)
 
@@ -114,7 +125,7 @@ def all_greedy(extent: Extent) -> Extent:
 class OneMoreDecode(RigRunner):
     """Attention is told of one decode more than there is."""
 
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+    def forward(self, slot: Slot, shape: StepShape, extent: Extent, half: Half) -> None:
         model = self.model
 
         class Misled(HashModel):
@@ -125,7 +136,7 @@ class OneMoreDecode(RigRunner):
                 return model.logits(hidden_EH)
 
         self.model = Misled()
-        super().compute_step(slot, shape, extent)
+        super().forward(slot, shape, extent, half)
         self.model = model
 
 
@@ -153,10 +164,10 @@ class GoesOnRegardless(RigScheduler):
 class SendsTooLittle(RigRunner):
     """A step whose decodes go on sends one update less than there are."""
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
         if plan.continues and plan.block_ids_U.size:
             slot.packed[sections_of(shape).header_2.start + 1] -= 1
-        super().launch(plan, slot, shape)
+        return super().launch(plan, slot, shape)
 
 
 class CountsNoFurther(RigRunner):
@@ -194,7 +205,7 @@ class CapturedOnFirstSlot(RigRunner):
 
     first: Slot | None = None
 
-    def capture(self, slot: Slot, shape: StepShape, extent: Extent) -> Graph:
+    def capture(self, slot: Slot, shape: StepShape, extent: Extent) -> StepGraphs:
         self.first = self.first or slot
         return super().capture(self.first, shape, extent)
 
@@ -202,7 +213,7 @@ class CapturedOnFirstSlot(RigRunner):
 class OtherSlotsGraph(GraphTable):
     """Replays the graph of another slot."""
 
-    def get(self, shape: StepShape, slot: Slot) -> Graph | None:
+    def get(self, shape: StepShape, slot: Slot) -> StepGraphs | None:
         others = [graph for (of, index), graph in self._graphs.items() if of == shape and index != slot.index]
         return others[0] if others else super().get(shape, slot)
 
@@ -210,7 +221,7 @@ class OtherSlotsGraph(GraphTable):
 class OtherBucketsGraph(GraphTable):
     """Replays the graph of another bucket."""
 
-    def get(self, shape: StepShape, slot: Slot) -> Graph | None:
+    def get(self, shape: StepShape, slot: Slot) -> StepGraphs | None:
         own = super().get(shape, slot)
         others = [graph for (of, index), graph in self._graphs.items() if of != shape and index == slot.index]
         return others[0] if own is not None and others else own

@@ -10,14 +10,26 @@ import numpy as np
 
 from gapless.config import SchedulerLimits
 from gapless.device.base import Device
-from gapless.engine.slots import Slot
-from gapless.outcome import Committed, Finished
+from gapless.engine.slots import Slot, SlotSizes
+from gapless.outcome import Committed, Finished, LogprobLines, Sampled
 from gapless.plan import Ints, Plan
 from gapless.request import FinishReason
 from gapless.rows import RowSet, RowState
+from gapless.sampling.logprobs import PLACES
 from gapless.waiting import SequenceState, WaitingQueue
 from support.sim.parts import Parts, RigPool, RigScheduler, RigSlots
 from support.sim.rig import Rig
+
+
+def nothing(plan: Plan) -> Sampled:
+    """What a slot may hold whose step has not run."""
+
+    def lines(count: int) -> LogprobLines:
+        places = np.zeros((count, PLACES), dtype=np.int32)
+        return LogprobLines(places, places.view(np.float32), np.zeros(count, dtype=np.int32))
+
+    scores = None if plan.scores is None else lines(plan.scores.indices_Q.size)
+    return Sampled(np.zeros(plan.num_samples, dtype=np.int32), lines(plan.num_samples), scores)
 
 
 class SlotTooEarly(RigSlots):
@@ -37,12 +49,14 @@ def shared(name: str) -> Parts:
     """All slots use the first one's buffer."""
 
     class Shared(RigSlots):
-        def __init__(self, device: Device, count: int, capacity: int, max_rows: int) -> None:
-            super().__init__(device, count, capacity, max_rows)
+        def __init__(self, device: Device, count: int, sizes: SlotSizes) -> None:
+            super().__init__(device, count, sizes)
             for slot in self.slots[1:]:
                 setattr(slot, name, getattr(self.slots[0], name))
                 slot.packed = device.host_view(slot.host_in)
+                slot.masks = device.host_view(slot.host_masks)
                 slot._sampled = device.host_view(slot.host_out)  # pyright: ignore[reportPrivateUsage]
+                slot._lines = device.host_view(slot.host_lines)  # pyright: ignore[reportPrivateUsage]
 
     return Parts(slots=Shared)
 
@@ -50,7 +64,7 @@ def shared(name: str) -> Parts:
 class FreesSlotAtCompute(RigSlots):
     """A slot is free once its compute stage is over; its tokens may still be on their way."""
 
-    def collect(self, slot: Slot) -> Ints:
+    def collect(self, slot: Slot) -> Sampled:
         slot.d2h_done = slot.compute_done
         return super().collect(slot)
 
@@ -58,9 +72,9 @@ class FreesSlotAtCompute(RigSlots):
 class KeepsView(RigSlots):
     """Returns the pinned buffer itself in place of a copy."""
 
-    def collect(self, slot: Slot) -> Ints:
-        size = super().collect(slot).size
-        return slot.host_out.numpy()[:size]
+    def collect(self, slot: Slot) -> Sampled:
+        sampled = super().collect(slot)
+        return replace(sampled, tokens=slot.host_out.numpy()[: sampled.tokens.size])
 
 
 class FreesAtCommit(RigScheduler):
@@ -142,11 +156,16 @@ class ZombieCancel(RigScheduler):
 class LosesTokens(RigScheduler):
     """Tokens that come in for a preempted row are booked but not emitted."""
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         preempted = self.rows.request_id[self.rows.state == RowState.PREEMPTED]
         committed = super().commit(plan, sampled)
         kept = ~np.isin(committed.request_ids, preempted)
-        return Committed(committed.request_ids[kept], committed.tokens[kept], committed.finished)
+        return replace(
+            committed,
+            request_ids=committed.request_ids[kept],
+            tokens=committed.tokens[kept],
+            logprobs=None if committed.logprobs is None else committed.logprobs.at(kept),
+        )
 
 
 class RepeatsToken(RigScheduler):
@@ -195,12 +214,9 @@ class CommitsFailedStep(RigScheduler):
     """A step that ran out of memory is committed with whatever its slot holds, and so are those behind it."""
 
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
-        records = [self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32)) for plan in (failed, *skipped)]
-        return Committed(
-            np.concatenate([each.request_ids for each in records]),
-            np.concatenate([each.tokens for each in records]),
-            tuple(end for each in records for end in each.finished),
-        )
+        for plan in (failed, *skipped):
+            self.rig.loop.publish(self.commit(plan, nothing(plan)))
+        return Committed.without_tokens(())
 
 
 class RunsOnAfterFailure(RigScheduler):
@@ -218,7 +234,7 @@ class CommitsSkippedSteps(RigScheduler):
     def abandon(self, failed: Plan, skipped: Sequence[Plan]) -> Committed:
         committed = super().abandon(failed, [])
         for plan in skipped:
-            self.commit(plan, np.zeros(plan.num_samples, dtype=np.int32))
+            self.rig.loop.publish(self.commit(plan, nothing(plan)))
         return committed
 
 

@@ -14,11 +14,12 @@ from gapless.engine.admission import Admission
 from gapless.engine.loop import Loop
 from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot, SlotRing
-from gapless.errors import OutOfMemoryError
-from gapless.outcome import Committed
+from gapless.outcome import Committed, Sampled
+from gapless.params import SamplingParams
 from gapless.plan import Plan
-from gapless.request import Request, SamplingParams
+from gapless.request import Request
 from gapless.scheduler import Scheduler
+from support.sim.parts import RigScheduler
 
 
 class _NewestFirst(deque[tuple[Plan, Slot]]):
@@ -52,25 +53,21 @@ class RunsTooFarAhead(Loop):
             self.lookahead -= 1
 
 
-class PublishesBeforeCommit(Loop):
-    """Publishes what came out of a step before it is known which of its rows have ended meanwhile."""
+class PublishesBeforeCommit(RigScheduler):
+    """What came out of a step is published before it is known which of its rows have ended meanwhile."""
 
-    def _collect(self, plan: Plan, slot: Slot) -> Committed:
-        try:
-            sampled = self.slots.collect(slot)
-        except OutOfMemoryError:
-            return super()._collect(plan, slot)
-        request_ids = self.scheduler.rows.request_id[plan.rows_E[plan.samples_E > 0]]
-        self.publish(Committed(request_ids, sampled))
-        return Committed.without_tokens(self.scheduler.commit(plan, sampled).finished)
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
+        request_ids = self.rows.request_id[plan.rows_E[plan.samples_E > 0]]
+        committed = super().commit(plan, sampled)
+        return replace(committed, request_ids=request_ids, tokens=sampled.tokens, logprobs=sampled.logprobs)
 
 
-class PublishesEndsFirst(Loop):
+class PublishesEndsFirst(RigScheduler):
     """Tells the ends of a step before its tokens."""
 
-    def _collect(self, plan: Plan, slot: Slot) -> Committed:
-        committed = super()._collect(plan, slot)
-        self.publish(Committed.without_tokens(committed.finished))
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
+        committed = super().commit(plan, sampled)
+        self.rig.loop.publish(Committed.without_tokens(committed.finished))
         return replace(committed, finished=())
 
 

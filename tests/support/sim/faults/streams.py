@@ -9,6 +9,7 @@ from gapless.device.faults import Faults
 from gapless.device.sim import SimDevice
 from gapless.device.sim.streams import Mark, SimEvent, SimStream, Wait
 from support.sim.parts import Parts
+from support.sim.rig_device import RigDevice
 
 
 def no_wait(on: str, for_event: str) -> Parts:
@@ -55,12 +56,14 @@ WAIT_FIRST = Parts(stream=_WaitsFirst, event=_LinkedEvent)
 """The compute stream waits for h2d_done before that is recorded: as in CUDA, no wait or one for an older step."""
 
 
-def record_before_work(stream_name: str) -> Parts:
+def record_before_work(name: str) -> Parts:
+    """Of the work with this name, whichever stream it is on."""
+
     class Hasty(SimStream):
         held: tuple[Callable[[], None], Note | None] | None = None
 
         def enqueue(self, work: Callable[[], None], note: Note | None = None) -> None:
-            if self.name == stream_name and note is not None and note.step >= 0:
+            if note is not None and note.step >= 0 and note.name == name:
                 self.held = (work, note)
             else:
                 super().enqueue(work, note)
@@ -114,17 +117,21 @@ COPIES_OUT_EARLY = Parts(stream=_CopiesOutEarly, event=_LinkedEvent)
 
 
 class _OfOneStep(Faults):
-    """Forgets an error that no wait has told of since: each of a step's streams has one piece of work a step."""
+    """Forgets an error of an earlier step that no wait has told of since."""
 
-    told = False
+    def __init__(self, device: RigDevice) -> None:
+        super().__init__()
+        self._device = device
+        self._step = -1
+        self._told: BaseException | None = None
 
     def inherit(self, error: BaseException | None) -> None:
-        self.error, self.told = error, True
+        self._told = self._told or error
 
     def run(self, work: Callable[[], None]) -> None:
-        if not self.told:
-            self.error = None
-        self.told = False
+        step = self._device.step_in_hand
+        self.error = self._told or (self.error if step == self._step else None)
+        self._step, self._told = step, None
         super().run(work)
 
 
@@ -133,4 +140,5 @@ class RunsOnAfterFailure(SimStream):
 
     def __init__(self, device: SimDevice, name: str, thread: int) -> None:
         super().__init__(device, name, thread)
-        self.faults = _OfOneStep()
+        assert isinstance(device, RigDevice)
+        self.faults = _OfOneStep(device)

@@ -13,10 +13,12 @@ from torch import Tensor
 from gapless.config import SchedulerLimits
 from gapless.device.base import Access, Note, Stream
 from gapless.device.sim.streams import UNDECLARED
-from gapless.engine.layout import StepInputs, StepShape, sections_of
-from gapless.engine.runner import Extent, Runner
+from gapless.engine.layout import Edits, StepInputs, StepShape, sections_of
+from gapless.engine.runner import Runner
 from gapless.engine.slots import Slot
-from gapless.outcome import Committed
+from gapless.engine.stage import Extent, Half
+from gapless.logits_processor import LogitsProcessor
+from gapless.outcome import Committed, Sampled
 from gapless.plan import Ints, Plan
 from gapless.request import FinishReason
 from gapless.rows import RowState
@@ -34,15 +36,15 @@ Work = Callable[[], None]
 class EmitsOvershoot(RigScheduler):
     """Tokens of rows whose sequence has stopped are emitted too."""
 
-    def commit(self, plan: Plan, sampled: Ints) -> Committed:
+    def commit(self, plan: Plan, sampled: Sampled) -> Committed:
         rows = plan.rows_E[plan.samples_E > 0]
         dead = self.rows.state[rows] == RowState.DEAD
-        ids, extra = self.rows.request_id[rows][dead], sampled[dead].copy()
+        ids, extra = self.rows.request_id[rows][dead], sampled.tokens[dead].copy()
         committed = super().commit(plan, sampled)
-        return Committed(
-            np.concatenate((committed.request_ids, ids)),
-            np.concatenate((committed.tokens, extra)),
-            committed.finished,
+        return replace(
+            committed,
+            request_ids=np.concatenate((committed.request_ids, ids)),
+            tokens=np.concatenate((committed.tokens, extra)),
         )
 
 
@@ -63,8 +65,10 @@ class RunsPastLimit(RigScheduler):
 class BillsOvershoot(RigScheduler):
     """Counts the stop's overshoot as generated."""
 
-    def _finish(self, sequence: SequenceState, reason: FinishReason, stop: int | None = None) -> None:
-        super()._finish(sequence, reason, stop)
+    def _finish(
+        self, sequence: SequenceState, reason: FinishReason, stop: int | None = None, error: str | None = None
+    ) -> None:
+        super()._finish(sequence, reason, stop, error)
         end = self._finished[-1]
         self._finished[-1] = replace(end, generated=end.generated + (reason is FinishReason.STOP))
 
@@ -72,9 +76,11 @@ class BillsOvershoot(RigScheduler):
 class WrongReason(RigScheduler):
     """Says that a stop was an end by length."""
 
-    def _finish(self, sequence: SequenceState, reason: FinishReason, stop: int | None = None) -> None:
+    def _finish(
+        self, sequence: SequenceState, reason: FinishReason, stop: int | None = None, error: str | None = None
+    ) -> None:
         wrong = FinishReason.LENGTH if reason is FinishReason.STOP else reason
-        super()._finish(sequence, wrong, stop)
+        super()._finish(sequence, wrong, stop, error)
 
 
 class LivePlan(RigScheduler):
@@ -152,7 +158,7 @@ class DeltasOnCopyStream(RigRunner):
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         pass
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
         def apply() -> None:
             Runner._apply_deltas(self, StepInputs.of(slot.device_in, shape, self.tables.decodes), shape)
 
@@ -171,7 +177,7 @@ class DeltasOnCopyStream(RigRunner):
         copies = self._h2d
         self._h2d = _OtherEnqueue(copies, enqueue)
         try:
-            super().launch(plan, slot, shape)
+            return super().launch(plan, slot, shape)
         finally:
             self._h2d = copies
 
@@ -212,9 +218,9 @@ class DeltasByTheHost(RigRunner):
     def _apply_deltas(self, inputs: StepInputs, shape: StepShape) -> None:
         pass
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
         Runner._apply_deltas(self, StepInputs.of(slot.host_in, shape, self.tables.decodes), shape)
-        super().launch(plan, slot, shape)
+        return super().launch(plan, slot, shape)
 
 
 DELTAS_ON_COPY_STREAM = Parts(runner=DeltasOnCopyStream)
@@ -226,10 +232,18 @@ class CarriesOlderToken(RigRunner):
 
     pending: Tensor | None = None
 
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+    def finish(
+        self,
+        slot: Slot,
+        shape: StepShape,
+        extent: Extent,
+        half: Half,
+        edits: Edits,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         last = self.tables.last_token_R
         before = last.clone()
-        super().compute_step(slot, shape, extent)
+        super().finish(slot, shape, extent, half, edits, processors)
         after = last.clone()
         last.copy_(before if self.pending is None else self.pending)
         self.pending = after
@@ -238,23 +252,20 @@ class CarriesOlderToken(RigRunner):
 class CarriesNeighboursToken(RigRunner):
     """Placeholders get another row's token, as if the table went by place in the batch."""
 
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+    def forward(self, slot: Slot, shape: StepShape, extent: Extent, half: Half) -> None:
         last = self.tables.last_token_R
         last.copy_(last.roll(1))
-        super().compute_step(slot, shape, extent)
-        rows = StepInputs.of(slot.device_in, shape, self.tables.decodes).sample_rows_S.long()
-        sampled = last[rows].clone()
+        super().forward(slot, shape, extent, half)
         last.copy_(last.roll(-1))
-        last[rows] = sampled
 
 
 class NoCarryOver(RigRunner):
     """Placeholders stay what they are."""
 
-    def compute_step(self, slot: Slot, shape: StepShape, extent: Extent) -> None:
+    def forward(self, slot: Slot, shape: StepShape, extent: Extent, half: Half) -> None:
         tokens = StepInputs.of(slot.device_in, shape, self.tables.decodes).tokens_T
         tokens[tokens < 0] = 0
-        super().compute_step(slot, shape, extent)
+        super().forward(slot, shape, extent, half)
 
 
 class StaleParams(RigRunner):
@@ -264,18 +275,19 @@ class StaleParams(RigRunner):
     def seen(self) -> set[int]:
         return set()
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
         start = sections_of(shape).param_rows_A.start
         for index, row in enumerate(plan.params.rows_A.tolist()):
             if row in self.seen:
                 slot.packed[start + index] = self.scratch_row
             self.seen.add(row)
-        super().launch(plan, slot, shape)
+        return super().launch(plan, slot, shape)
 
 
 class RefillsAfterLaunch(RigRunner):
     """The next step's inputs are written while the copy of this one may still run."""
 
-    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> None:
-        super().launch(plan, slot, shape)
+    def launch(self, plan: Plan, slot: Slot, shape: StepShape) -> Callable[[int], None]:
+        launch_sampling = super().launch(plan, slot, shape)
         slot.packed[sections_of(shape).tokens_T.start] = 1
+        return launch_sampling

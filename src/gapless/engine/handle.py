@@ -1,0 +1,49 @@
+"""An engine as those who send it requests see it: one in this process, or one behind a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from gapless.engine.admission import Admission
+from gapless.engine.core import EngineFailure, EngineStats, InFlight
+from gapless.outcome import Committed
+from gapless.request import Request
+
+
+class EngineHandle(Protocol):
+    """The methods are those of core.Engine, which says what they do."""
+
+    @property
+    def admission(self) -> Admission: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, requests: Iterable[Request]) -> None: ...
+
+    def cancel(self, request_ids: Iterable[int]) -> None: ...
+
+    def next_output(self, *, wait: bool = True) -> Committed | EngineFailure | None: ...
+
+    def check_alive(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def set_lookahead(self, lookahead: int) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def update_weights(self, tensors: Mapping[str, Tensor], *, in_flight: InFlight = "finish") -> None: ...
+
+    def request_stop(self) -> None: ...
+
+    def close(self, wait_seconds: float | None = None) -> None: ...
