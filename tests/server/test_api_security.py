@@ -190,7 +190,7 @@ def test_a_slow_reader_gets_longer_deltas_and_holds_nobody():
             return parts
 
         parts = server.run(read_slowly)
-    assert len(parts) <= 4
+    assert len(parts) < 10  # not one for each of the hundred tokens
     assert parts[-1].endswith(b"data: [DONE]\n\n")
 
 
