@@ -13,11 +13,12 @@ TESTS ?=
 CLIENTS ?=
 PAGE_TOOLS ?= $(or $(TMPDIR),/tmp)/gapless-page-tools
 
-.PHONY: help demo test race replay faults check clients page format clean
+.PHONY: help demo test thorough race replay faults check clients page format clean
 
 help:
 	@echo "make demo    answer 45 prompts with a small real model, one step ahead and not"
 	@echo "make test    run the tests; TESTS=tests/cli: some of them"
+	@echo "make thorough  the same with more cases, longer runs"
 	@echo "make race    SEEDS=1000000 schedules on the simulated device; goes on where it was stopped"
 	@echo "make replay  SEED=1234: one of them again, with its timeline, and its smallest form if it fails;"
 	@echo "             SCHEDULE=.race/1234.json: one that was saved"
@@ -33,6 +34,9 @@ demo: .venv/demo.done
 
 test: .venv/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
+
+thorough: export THOROUGH = 1
+thorough: test
 
 race: .venv/dev.done
 	PYTHONPATH=tests $(BIN)/python -m support.sim.race run --seeds $(SEEDS)

@@ -6,6 +6,15 @@ import signal
 
 import pytest
 
+from support.effort import THOROUGH
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not THOROUGH:
+        rare = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=rare)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:

@@ -223,7 +223,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def _ready(self) -> bool:
         generation = self._generation
-        return generation.finished or (self._kind != "final" and len(generation.unread) > 0)
+        return generation.finished or (self._kind != "final" and generation.has_news)
 
 
 class _Desk:

@@ -187,13 +187,13 @@ class Generation:
         return not self._going_on
 
     @property
-    def unread(self) -> list[Continuation]:
-        """Those that have something new."""
-        return [each for each in self.continuations if each.unread]
+    def has_news(self) -> bool:
+        """Whether a delta would have something in it."""
+        return any(each.unread for each in self.continuations)
 
     def output(self, *, delta: bool = False) -> RequestOutput:
         """All that is known so far; with `delta`, what is new since the last call."""
-        outputs = [each.advance() for each in self.unread] if delta else [each.whole() for each in self.continuations]
+        outputs = [each.advance() if delta else each.whole() for each in self.continuations if each.unread or not delta]
         prompt_token_ids, request = self._prompt_token_ids, self.prepared.requests[0]
         if not prompt_token_ids:
             prompt_token_ids.extend(request.prompt.tolist())

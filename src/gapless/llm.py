@@ -154,7 +154,9 @@ class LLM:
             for _, changed in steps:
                 for generation in changed:
                     place = places[generation.request_id]
-                    for new in (each.advance() for each in generation.unread):
+                    output = generation.output(delta=True)
+                    prompt_logprobs = output.prompt_logprobs
+                    for new in output.outputs:
                         yield TextDelta(
                             index=place,
                             text=new.text,
@@ -164,7 +166,9 @@ class LLM:
                             logprobs=new.logprobs,
                             error=new.error,
                             restarted=new.restarted,
+                            prompt_logprobs=prompt_logprobs,
                         )
+                        prompt_logprobs = None
 
     # ------------------------------------------------- for long lists of work
 

@@ -89,6 +89,7 @@ class TextDelta:
     logprobs      of token_ids; None unless asked for.
     error         what is wrong, if finish_reason is "error".
     restarted     what came before it is void, as a weight update began the answer again.
+    prompt_logprobs  those of RequestOutput, in a prompt's first delta alone; again in the first after a restart.
 
     The texts of a continuation add up to the text of its CompletionOutput, as do the token ids and logprobs. The last
     delta, and only it, has a finish_reason.
@@ -102,3 +103,4 @@ class TextDelta:
     logprobs: list[TokenLogprob] | None = None
     error: str | None = None
     restarted: bool = False
+    prompt_logprobs: list[TokenLogprob | None] | None = None

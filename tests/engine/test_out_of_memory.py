@@ -19,6 +19,7 @@ from gapless.errors import OutOfMemoryError
 from gapless.params import SamplingParams
 from gapless.request import FinishReason, Request
 from gapless.rows import RowState
+from support.effort import effort
 from support.hash_model import EOS, VOCAB, HashModel, expected_tokens
 from support.scarce import SHORTAGES, ScarceDevice, ScarceHarness, ScarceModel, raise_ours
 from support.schedules import check_schedule, run_schedule
@@ -60,7 +61,7 @@ def test_steps_that_are_too_large_are_made_smaller(lookahead: int, most: int, sh
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(effort(4, 8)))
 def test_failures_at_any_time_leave_every_request_its_tokens(seed: int, lookahead: int):
     luck = random.Random(seed)
     engines: list[ScarceHarness] = []
@@ -76,7 +77,7 @@ def test_failures_at_any_time_leave_every_request_its_tokens(seed: int, lookahea
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-@pytest.mark.parametrize("seed", range(100, 114))
+@pytest.mark.parametrize("seed", range(100, effort(106, 114)))
 def test_failures_at_any_place_leave_every_request_its_tokens(seed: int, lookahead: int):
     """Before the table deltas, after the sampler, in either copy: each leaves other things undone behind it."""
     luck = random.Random(seed)

@@ -83,7 +83,9 @@ def test_streams_bring_each_log_probability_once():
     with LLM.from_loaded(tiny_engine()) as llm:
         [whole] = llm.generate(PROMPTS[0], params, use_tqdm=False)
         found: list[list[TokenLogprob]] = [[], []]
-        for delta in llm.stream(PROMPTS[0], params):
+        deltas = list(llm.stream(PROMPTS[0], params))
+        assert [each.prompt_logprobs for each in deltas] == [whole.prompt_logprobs, *[None] * (len(deltas) - 1)]
+        for delta in deltas:
             assert delta.logprobs is not None
             assert [each.token_id for each in delta.logprobs] == delta.token_ids
             found[delta.continuation] += delta.logprobs

@@ -33,6 +33,7 @@ from gapless.kernels.paged_decode import DecodeTiles, decode_kernel
 from gapless.kernels.rms_norm import add_rms_norm
 from gapless.kernels.silu_mul import silu_mul
 from gapless.models.layers import TorchOps
+from support.effort import and_thoroughly, effort
 
 REFERENCE = TorchAttention()
 MULTIPROCESSORS = 4
@@ -74,7 +75,7 @@ def test_attention_equals_the_reference(name: str):
     torch.testing.assert_close(out_TND[:real], REFERENCE.attend(*args)[:real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(effort(2, 6)))
 def test_attention_equals_the_reference_on_random_lengths(seed: int):
     generator = torch.Generator().manual_seed(seed)
 
@@ -135,7 +136,7 @@ CUTS = {
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("merged_by_last", [0, 10**6])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(effort(1, 4)))
 def test_ragged_decodes_equal_the_reference_however_they_are_cut(
     seed: int, cut: str, merged_by_last: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -205,7 +206,7 @@ def normal(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("sizes", MAPS)
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", and_thoroughly([True], [False]))
 def test_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles, biased: bool):
     tokens, inputs, outputs = sizes
     x_TI, weight_OI, bias_O = normal(tokens, inputs), normal(outputs, inputs), normal(outputs) if biased else None
@@ -227,7 +228,7 @@ def test_gated_linear_equals_torch(sizes: tuple[int, int, int], tiles: LinearTil
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("sizes", MAPS)
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", and_thoroughly([True], [False]))
 def test_a_norm_between_two_maps_equals_torch(sizes: tuple[int, int, int], tiles: LinearTiles, biased: bool):
     tokens, inputs, hidden = sizes
     hidden = -(-hidden // 8) * 8

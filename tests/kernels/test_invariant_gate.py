@@ -20,6 +20,7 @@ from gapless.kernels.invariant_attention import (  # noqa: E402
 )
 from gapless.kernels.invariant_linear import gated_tiles, plain_tiles, whole_linear_kernel  # noqa: E402
 from gapless.kernels.linear import LinearTiles, gated_kernel, linear_kernel  # noqa: E402
+from support.effort import and_thoroughly  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -75,11 +76,19 @@ def check(target: Target, kernel: Any, constants: Constants, *, fusion: bool, nu
     return compiled
 
 
+SHAPES = [(128, 4), (64, 3), (256, 1), (80, 7), (128, 80)]  # head_dim, group
+FORMS = [(False, False), (True, True), (True, False), (False, True)]  # apart, single
+
+
 @pytest.mark.parametrize("target_name", TARGETS)
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("single", [False, True])
-@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 3), (256, 1), (80, 7), (128, 80)])
-def test_attention_compiles_and_fits(target_name: str, apart: bool, single: bool, head_dim: int, group: int):
+@pytest.mark.parametrize(
+    ("head_dim", "group", "apart", "single"),
+    and_thoroughly(
+        [(*shape, *form) for place, shape in enumerate(SHAPES) for form in FORMS[: 2 if place == 0 else 1]],
+        [(*shape, *form) for place, shape in enumerate(SHAPES) for form in FORMS[2 if place == 0 else 1 :]],
+    ),
+)
+def test_attention_compiles_and_fits(target_name: str, head_dim: int, group: int, apart: bool, single: bool):
     target = TARGETS[target_name]
     tiles = invariant_tiles(head_dim, 2, group, target.shared_memory)
     dim_tile = triton.next_power_of_2(head_dim)
@@ -105,7 +114,7 @@ def test_attention_compiles_and_fits(target_name: str, apart: bool, single: bool
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
-@pytest.mark.parametrize("tokens", [1, 32, 64, 128, 2048])
+@pytest.mark.parametrize("tokens", and_thoroughly([32, 2048], [1, 64, 128]))
 @pytest.mark.parametrize("kind", ["apart", "whole", "gated"])
 def test_linear_maps_compile_and_fit(target_name: str, tokens: int, kind: str):
     """On Hopper by the same matrix instructions at any number of tokens."""

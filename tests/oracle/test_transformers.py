@@ -8,7 +8,8 @@ import pytest
 
 from gapless import LLM, SamplingParams
 from gapless.device import has_cuda
-from support.oracle import ALL, FEWER_TOKENS, NEW_TOKENS, Reference, package_folder, real_prompts
+from support.effort import THOROUGH
+from support.oracle import FEWER_TOKENS, NEW_TOKENS, Reference, package_folder, real_prompts
 
 LOOKAHEADS = (0, 1, 2)
 
@@ -58,7 +59,7 @@ def prompts(llm: LLM) -> list[list[int]]:
 def test_greedy_tokens_equal_those_of_transformers(
     llm: LLM, prompts: list[list[int]], reference: Reference, capsys: pytest.CaptureFixture[str]
 ):
-    some, tokens = (prompts, NEW_TOKENS) if ALL else (prompts[::6], FEWER_TOKENS)
+    some, tokens = (prompts, NEW_TOKENS) if THOROUGH else (prompts[::6], FEWER_TOKENS)
     expected = reference.answers(some, tokens)
     for lookahead in LOOKAHEADS:
         report = check(llm, lookahead, some, reference, expected, tokens)

@@ -9,6 +9,7 @@ import pytest
 from gapless.config import EngineConfig
 from gapless.params import SamplingParams
 from gapless.request import FinishReason
+from support.effort import effort
 from support.harness import Harness
 from support.hash_model import EOS, VOCAB, expected_tokens
 from support.sim.rig import Result, run
@@ -48,7 +49,7 @@ def test_a_cancel_at_any_phase_boundary_frees_once_and_gives_one_end(lookahead: 
     """Also at those where the request ends by itself, or where its row in flight completes a block: conservation and
     the count of ends are checked by every run."""
     reasons: set[FinishReason] = set()
-    for point in range(0, 130, 2):
+    for point in range(0, 130, effort(3, 1)):
         result = with_cancel(lookahead, params, point)
         assert result.violation is None, (point, result.violation)
         assert len(result.finished) == 2

@@ -13,7 +13,7 @@ import pytest
 def test_the_interpreted_kernels_choose_the_reference_tokens():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("interpreted_sampler.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

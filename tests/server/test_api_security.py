@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from starlette.types import Message
 
 from frontend.tiny import TripModel, tiny_engine
 from gapless.server.app import create_app
+from gapless.server.http import sse
 from gapless.server.http.auth import is_public, needs_key
 from support.server import RunningServer, raw_request, running_server, status_of
 from support.waiting import eventually
@@ -157,41 +159,59 @@ def test_a_client_that_leaves_frees_its_blocks(demo_server: RunningServer, strea
     assert usage.completion_tokens < 1000
 
 
+async def read_stream(server: RunningServer, taken: Callable[[], Awaitable[None]]) -> list[bytes]:
+    """The parts of a long answer, each of which the client takes when `taken` is over."""
+    body = json.dumps({"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    parts: list[bytes] = []
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            parts.append(message["body"])
+            await taken()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"x")],
+    }
+    await create_app(server.context)(scope, receive, send)
+    return parts
+
+
 def test_a_slow_reader_gets_longer_deltas_and_holds_nobody():
     """Its first part is not taken before the engine has nothing left to do."""
     with running_server(tiny_engine(lookahead=1)) as server:
 
-        async def read_slowly() -> list[bytes]:
-            parts: list[bytes] = []
-            body = json.dumps({"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
-            messages = [{"type": "http.request", "body": body, "more_body": False}]
+        async def engine_is_idle() -> None:
+            while server.engine.held_blocks:
+                await asyncio.sleep(0)
 
-            async def receive() -> Message:
-                if messages:
-                    return messages.pop()
-                await asyncio.Event().wait()
-                raise AssertionError
-
-            async def send(message: Message) -> None:
-                if message["type"] == "http.response.body":
-                    parts.append(message["body"])
-                    while server.engine.held_blocks:
-                        await asyncio.sleep(0)
-
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/v1/completions",
-                "raw_path": b"/v1/completions",
-                "query_string": b"",
-                "headers": [(b"content-type", b"application/json"), (b"host", b"x")],
-            }
-            await create_app(server.context)(scope, receive, send)
-            return parts
-
-        parts = server.run(read_slowly)
+        parts = server.run(lambda: read_stream(server, engine_is_idle))
     assert len(parts) < 10  # not one for each of the hundred tokens
     assert parts[-1].endswith(b"data: [DONE]\n\n")
+
+
+def test_who_reads_nothing_is_let_go_and_who_reads_just_in_time_is_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sse, "PATIENCE_SECONDS", 0.5)
+    with running_server(tiny_engine(lookahead=1)) as server:
+        parts = server.run(lambda: read_stream(server, lambda: asyncio.sleep(0.3)))
+        assert parts[-1].endswith(b"data: [DONE]\n\n")
+        assert len(parts) >= 3  # so the limit is over before the end
+        begin = time.monotonic()
+        parts = server.run(lambda: read_stream(server, lambda: asyncio.sleep(3600)))
+        assert 0.5 <= time.monotonic() - begin < 30
+        assert b"[DONE]" not in b"".join(parts)
+        eventually(lambda: server.engine.held_blocks == 0 and server.context.open == 0)
 
 
 # ------------------------------------------------------- 12: what is not said

@@ -16,6 +16,7 @@ from gapless.engine.core import InFlight
 from gapless.params import SamplingParams
 from gapless.request import FinishReason
 from gapless.sampling.torch_sampler import TorchSampler
+from support.effort import effort
 from support.sim.model import KeyedHashModel
 from support.sim.oracle import answer, answer_of_the_real_sampler
 from support.sim.owners import Shared
@@ -24,7 +25,7 @@ from support.sim.race import replay_command
 from support.sim.rig import Result, run
 from support.sim.schedule import SHORTAGES, Move, Schedule, Shortage, generate
 
-SEEDS = 300
+SEEDS = effort(180, 300)
 GENERATED = 1500
 ALONE_SEEDS = 20
 AUDIT_SEEDS = 20

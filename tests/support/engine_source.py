@@ -65,12 +65,14 @@ class FakeEngines:
     now: LiveStats = BUSY
     state: EngineState = "ready"
     questions: int = 0
+    restarts: int = 0
     most: int = 1
     engine: Any = field(default_factory=_Engine)
 
     def restart(self, now: LiveStats) -> None:
         """Another engine takes over, and has got as far as this."""
         self.engine, self.now = _Engine(), now
+        self.restarts += 1
 
     @property
     def llm(self) -> AsyncLLM:

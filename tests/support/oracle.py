@@ -3,7 +3,7 @@
 Rounding differs between batches and devices, so two tokens whose logits nearly tie may swap. Such a first difference is
 accepted only if the two best logits are closer than NEAR_TIE in transformers' own forward pass.
 
-On a CPU a third of the prompts and half of the tokens, but with ALL_PROMPTS=1 in the environment.
+On a CPU a third of the prompts and half of the tokens, but with THOROUGH=1 in the environment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from gapless.prompts import ChatPrompt
 NEW_TOKENS, FEWER_TOKENS = 64, 32
 NEAR_TIE = 1e-3
 CODE_PROMPTS, CHAT_PROMPTS = 48, 24
-ALL = os.environ.get("ALL_PROMPTS", "0") != "0"
 
 
 def package_folder(name: str) -> Path:

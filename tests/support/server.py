@@ -67,6 +67,7 @@ class LocalEngine:
     def __init__(self, loaded: LoadedEngine) -> None:
         self.loaded = loaded
         self.state: EngineState = "ready"
+        self.restarts = 0
         self.stalled_seconds: float | None = None
         self.defect: Exception | None = None
         self._llm = AsyncLLM.from_loaded(loaded)

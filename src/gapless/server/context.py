@@ -67,6 +67,11 @@ class EngineSource(Protocol):
         """The engine that runs. Raises UnavailableError."""
         ...
 
+    @property
+    def restarts(self) -> int:
+        """How often an engine was started in the place of one that had died."""
+        ...
+
     async def stats(self) -> LiveStats:
         """Raises UnavailableError."""
         ...

@@ -54,7 +54,7 @@ class _ServerCollector(Collector):
         yield self._histogram("time_to_first_token_seconds", "From queueing to the first token", observer.ttft)
         yield self._histogram("inter_token_latency_seconds", "Between two tokens of a request", observer.inter_token)
         yield self._histogram("e2e_request_latency_seconds", "From queueing to the end of the answer", observer.e2e)
-        yield self._count("engine_restarts", "Engines that took the place of another", observer.engine.restarts)
+        yield self._count("engine_restarts", "Engines started in the place of a dead one", context.engines.restarts)
         yield from self._totals(observer.engine.totals)
         if self._live is not None:
             yield from self._gauges(self._live)

@@ -82,13 +82,11 @@ class Rates:
 class EngineReadings:
     """The latest of the engine's figures. Of an engine that dies, what it did since the last reading is not counted.
 
-    restarts    engines that took the place of another one, as far as readings saw them
     model_name  of the engine that was read last; empty before the first
     """
 
     clock: Callable[[], float] = time.monotonic
     totals: Totals = field(default_factory=Totals)
-    restarts: int = 0
     model_name: str = ""
     _live: LiveStats | str = ""
     _carried: Totals = field(default_factory=Totals)
@@ -140,7 +138,6 @@ class EngineReadings:
     def _take(self, llm: AsyncLLM, stats: LiveStats) -> None:
         another = self._engine is not None and self._engine() is not llm
         if another or self._carried.plus(stats).steps < self.totals.steps:
-            self.restarts += 1
             self._carried = self.totals
         self._engine = weakref.ref(llm)
         self.model_name = llm.loaded.model_name

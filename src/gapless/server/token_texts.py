@@ -106,11 +106,13 @@ class Offsets:
         may have special tokens."""
         for token, each in zip(token_ids, logprobs, strict=True):
             found.tokens.append(self._texts.name(token))
-            found.text_offset.append(self.offset)
             found.token_logprobs.append(None if each is None else finite(each.logprob))
             found.top_logprobs.append(None if each is None else self._top(each, top))
-            if not self._texts.is_special(token):
-                self.offset += len(self._decoder.decode(self._texts.bytes_of(token)))
+            is_special = self._texts.is_special(token)
+            data = b"" if is_special else self._texts.bytes_of(token)
+            found.text_offset.append(self.offset + self._torn_before(data))
+            if not is_special:
+                self.offset += len(self._decoder.decode(data))
             elif spelled.startswith(self._texts.text(token), self.offset):
                 self.offset += len(self._texts.text(token))
 
@@ -118,6 +120,14 @@ class Offsets:
         """The prompt is over, be it within a character."""
         self.offset = offset
         self._decoder.reset()
+
+    def _torn_before(self, data: bytes) -> int:
+        """1 if half a character stands before these bytes and they do not go on with it: it is a U+FFFD then."""
+        held = self._decoder.getstate()[0]
+        if not held or not data:
+            return 0
+        apart = held.decode("utf-8", "replace") + data.decode("utf-8", "replace")
+        return int(apart == (held + data).decode("utf-8", "replace"))
 
     def _top(self, each: TokenLogprob, top: int) -> dict[str, float]:
         """The likeliest first, the token itself among them or behind. Of two with the same text the likelier."""

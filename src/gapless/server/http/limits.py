@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections import deque
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -26,18 +27,45 @@ _SECURITY = (
 _NO_STORE = (b"cache-control", b"no-store")
 
 
+class Turnstile:
+    """Lets one request begin at each turn of the event loop. Of a thousand that come at once each takes the loop for a
+    moment; between two of them everybody else gets theirs."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def pass_through(self) -> None:
+        """Returns when it is this one's turn."""
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        if len(self._waiting) == 1:
+            loop.call_soon(self._turn)
+        await turn
+
+    def _turn(self) -> None:
+        turn = self._waiting.popleft()
+        if not turn.done():  # else it was cancelled
+            turn.set_result(None)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+
 class Gate:
     """An ASGI middleware in front of everything."""
 
     def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
         self._context = context
+        self._turnstile = Turnstile()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See class."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] not in _SAFE_METHODS:
+            await self._turnstile.pass_through()
         request_id = _request_id(scope["headers"])
         state = scope.setdefault("state", {})
         state["request_id"] = request_id

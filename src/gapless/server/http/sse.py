@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Protocol, Self
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -52,12 +52,14 @@ class EventStream(Response):
         job, writer = self._job, self._writer
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with job.watching():
-                while (batch := await job.next()) is not None:
-                    part = writer.write(batch)
-                    if part:
-                        async with asyncio.timeout(PATIENCE_SECONDS):
+            async with job.watching(), asyncio.timeout(None) as limit:
+                with _Patience(limit) as patience:
+                    while (batch := await job.next()) is not None:
+                        part = writer.write(batch)
+                        if part:
+                            patience.begin()
                             await send_part({"type": "http.response.body", "body": part, "more_body": True})
+                            patience.end()
             last = writer.end()
         except TimeoutError:  # it does not read: nothing could be told
             return
@@ -66,6 +68,38 @@ class EventStream(Response):
         finally:
             job.close()
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+class _Patience:
+    """Ends a stream whose client reads nothing. One timer for many parts: one for each would cost more than a part."""
+
+    def __init__(self, limit: asyncio.Timeout) -> None:
+        self._limit = limit
+        self._clock = asyncio.get_running_loop().time
+        self._begun: float | None = None
+
+    def __enter__(self) -> Self:
+        self._look()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def begin(self) -> None:
+        """A part is being sent."""
+        self._begun = self._clock()
+
+    def end(self) -> None:
+        """It was taken."""
+        self._begun = None
+
+    def _look(self) -> None:
+        now = self._clock()
+        left = PATIENCE_SECONDS - (0.0 if self._begun is None else now - self._begun)
+        if left <= 0:
+            self._limit.reschedule(now)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(left, self._look)
 
 
 def failure(error: ApiError) -> bytes:

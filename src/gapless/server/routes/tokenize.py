@@ -35,14 +35,9 @@ async def tokenize(
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("one of prompt and messages is needed")
     loaded = context.llm.loaded
-    limit = loaded.engine.admission.limits.max_model_len
     length = len(body.prompt) if body.prompt is not None else text_length(body.messages or ())
-    check_length(length, limit, text=True)
-    token_ids = await asyncio.to_thread(_ids, body, loaded) if length > LONG_TEXT else _ids(body, loaded)
-    answer = Tokens(len(token_ids), limit, token_ids)
-    if body.return_token_strs:
-        texts = TokenTexts(loaded.tokenizer)
-        answer.token_strs = [texts.text(token) for token in token_ids]
+    check_length(length, loaded.engine.admission.limits.max_model_len, text=True)
+    answer = await asyncio.to_thread(_tokens, body, loaded) if length > LONG_TEXT else _tokens(body, loaded)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
@@ -63,11 +58,19 @@ async def detokenize(
     return Response(msgspec.json.encode(Text(text)), media_type="application/json")
 
 
-def _ids(body: TokenizeRequest, loaded: Loaded) -> list[int]:
+def _tokens(body: TokenizeRequest, loaded: Loaded) -> Tokens:
     if body.messages is not None:
         tools = [plain(tool) for tool in body.tools or ()]
-        return render(body, body.messages, loaded, tools or None)[1]
-    return _tokenizer(loaded).encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        _, token_ids = render(body, body.messages, loaded, tools or None)
+    else:
+        token_ids = _tokenizer(loaded).encode(
+            body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+        )
+    answer = Tokens(len(token_ids), loaded.engine.admission.limits.max_model_len, token_ids)
+    if body.return_token_strs:
+        texts = TokenTexts(loaded.tokenizer)
+        answer.token_strs = [texts.text(token) for token in token_ids]
+    return answer
 
 
 def _tokenizer(loaded: Loaded) -> Tokenizer:
