@@ -19,14 +19,19 @@ import random
 import resource
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from load_clients import Client, Mix, Plan, Tally, make_plan
 from load_server import Server, rss_mib, tiny_folder
 
+PROBE = Path(__file__).with_name("load_probe.py")
 SAMPLE_SECONDS = 5.0
 AFTERMATH = 5.0  # seconds after the engine is back in which answers may still tell of its death
 END_SECONDS = 60.0
@@ -41,7 +46,7 @@ class Watched:
 
     memory   (time, MiB) of the front process, and of each engine process by its pid
     kills    when the engine was killed, and when there was one again
-    health   the longest that /health took
+    health   the longest that /health took, of so many probes; `unhealthy` of them said no though no engine had died
     """
 
     begin: float = field(default_factory=time.monotonic)
@@ -49,6 +54,7 @@ class Watched:
     engines: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     kills: list[tuple[float, float]] = field(default_factory=list)
     health: float = 0.0
+    probes: int = 0
     unhealthy: int = 0
     preemptions: int = 0
     most_running: int = 0
@@ -71,12 +77,13 @@ class Watched:
         self.most_running = max(self.most_running, stats.get("running", 0))
         self.most_waiting = max(self.most_waiting, stats.get("waiting", 0))
 
-    def probe(self, server: Server) -> None:
-        """How long does /health take?"""
-        begin = time.monotonic()
-        status, _ = server.get("/health")
-        self.health = max(self.health, time.monotonic() - begin)
-        self.unhealthy += status != 200 and not self.excuses(begin)
+    def take(self, probes: str) -> None:
+        """What load_probe.py has printed."""
+        for line in probes.splitlines():
+            begin, status, seconds = map(float, line.split())
+            self.probes += 1
+            self.health = max(self.health, seconds)
+            self.unhealthy += status != 200 and not self.excuses(begin)
 
     def excuses(self, at: float) -> bool:
         """Whether the engine was dead then."""
@@ -85,13 +92,16 @@ class Watched:
 
 async def watch(server: Server, watched: Watched, over: asyncio.Event) -> None:
     """Until it is over."""
-    last = -SAMPLE_SECONDS
-    while not over.is_set():
-        await asyncio.to_thread(watched.probe, server)
-        if watched.now() - last >= SAMPLE_SECONDS:
-            last = watched.now()
+    command = [sys.executable, str(PROBE), server.host, str(server.port)]
+    with tempfile.TemporaryFile("w+") as printed, subprocess.Popen(command, stdout=printed) as probe:
+        while not over.is_set():
             await asyncio.to_thread(watched.look, server)
-        await asyncio.sleep(0.25)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), SAMPLE_SECONDS)
+        probe.terminate()
+        probe.wait()
+        printed.seek(0)
+        watched.take("".join(line for line in printed if line.endswith("\n")))
 
 
 async def kill_engine(server: Server, watched: Watched, at: list[float]) -> None:
@@ -225,6 +235,8 @@ def report(server: Server, options: argparse.Namespace, tally: Tally, watched: W
         failures.append(f"not all is given back: {left}")
     if watched.unhealthy or watched.health > options.health_seconds:
         failures.append(f"/health: {watched.unhealthy} times not 200, at most {watched.health:.2f} s")
+    if watched.probes < seconds / 2:
+        failures.append(f"/health was asked {watched.probes} times only")
     if not options.tiny and tally.greedy >= 20 and tally.repeated < tally.greedy / 2:
         failures.append(f"only {tally.repeated} of {tally.greedy} answers have their own marker: the test sees nothing")
     lives = {"front": growth(watched.front)}

@@ -109,9 +109,9 @@ FILTERS = [
     (1.0, 0, 0.5, 0.3),
     (0.5, 0, 1e-12, 0.0),
     (1.0, 1, 1.0, 0.0),
-    (1.0, 200, 1.0, 0.0),
-    (3.0, 280, 0.6, 0.0),
-    (1.0, 200, 0.9, 0.02),
+    (1.0, 100, 1.0, 0.0),
+    (3.0, 120, 0.6, 0.0),
+    (1.0, 100, 0.9, 0.02),
     (0.01, 20, 0.99, 0.0),
 ]
 
@@ -163,15 +163,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     check_numbers(generator)
     compared = 0
-    compared += check_filters(SamplerTiles(block=128), 260, generator, FILTERS[:: effort(2, 1)])
+    compared += check_filters(SamplerTiles(block=64), 132, generator, FILTERS[:: effort(2, 1)])
     compared += check_filters(SamplerTiles(block=64, segment=16, programs=1, group=4), 130, generator, FILTERS[1::3])
     for kind, (vocab, block, dtype) in enumerate(
         [
             (1, 64, torch.float32),
             (37, 64, torch.float32),
-            (600, 256, torch.float32),
-            (500, 1024, torch.bfloat16),
-            (333, 256, torch.float16),
+            (400, 128, torch.float32),
+            (300, 512, torch.bfloat16),
+            (233, 128, torch.float16),
         ]
     ):
         logits_EV = random_logits(kind, vocab, dtype, generator)

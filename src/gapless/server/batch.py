@@ -32,6 +32,7 @@ from gapless.weights.source import DEMO
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_LINE_BYTES = 64 * 2**20
 MAX_ID_LENGTH = 512
+MAX_DEPTH = 256  # the server takes 200; how deep json goes depends on who calls it
 _LOOK_SECONDS = 0.05
 _SEED_BITS = 63
 _ALL = 2**31  # the window bounds what is open
@@ -253,9 +254,16 @@ def _appending(path: Path, answered: Answered) -> Generator[BinaryIO]:
 
 
 def _write(file: BinaryIO, record: dict[str, Any]) -> None:
+    """Add a whole line, or none of it: another worker may write behind it. Raises OSError."""
     line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    while line:
-        line = line[file.write(line) :]
+    size = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _parse(path: Path, number: int, data: bytes) -> BatchLine:
@@ -279,7 +287,20 @@ def _parse(path: Path, number: int, data: bytes) -> BatchLine:
         raise _wrong(path, number, f"url must be one of {', '.join(URLS)}, not {url!r:.99}")
     if not isinstance(body, dict):
         raise _wrong(path, number, "body must be an object")
+    if not _is_flat(fields, MAX_DEPTH):
+        raise _wrong(path, number, f"it is nested deeper than {MAX_DEPTH} levels")
     return BatchLine(number, custom_id, url, body)
+
+
+def _is_flat(value: object, depth: int) -> bool:
+    """Whether it is nested in at most so many levels."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def _wrong(path: Path, number: int, what: str) -> InputFileError:

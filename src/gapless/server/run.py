@@ -159,6 +159,7 @@ class _Server:
         self._now = self._asked.is_set()
         if self._now:
             self.supervisor.kill()
+            self._http.force_exit = True
         self._asked.set()
 
     async def _drain(self) -> None:
@@ -195,8 +196,8 @@ class _Http(uvicorn.Server):
         await self._stopped.wait()
 
     def stop(self) -> None:
-        """End all connections."""
-        self.should_exit = self.force_exit = True
+        """End all connections. Answers that are on their way get _GRACE_SECONDS, but for force_exit."""
+        self.should_exit = True
         self._stopped.set()
 
 

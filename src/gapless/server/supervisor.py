@@ -64,7 +64,7 @@ class Supervisor:
     @property
     def llm(self) -> AsyncLLM:
         if self.state != "ready" or self._llm is None:
-            raise UnavailableError(_WHY[self.state])
+            raise UnavailableError(self._why)
         return self._llm
 
     @property
@@ -207,6 +207,10 @@ class Supervisor:
         """On a thread of our own: those of the requests may all be taken."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
+    @property
+    def _why(self) -> str:
+        return "the server is shutting down" if self._closing else _WHY[self.state]
+
     def _hello(self, wire: Wire) -> Any:
         try:
             wire.send(self._start)
@@ -217,7 +221,7 @@ class Supervisor:
     async def _ask(self, what: str, argument: int = 0) -> Any:
         engine = self._engine
         if engine is None:
-            raise UnavailableError(_WHY[self._state])
+            raise UnavailableError(self._why)
         try:
             async with asyncio.timeout(_PATIENCE.get(what, ANSWER_SECONDS)):
                 return await asyncio.wrap_future(engine.ask(what, argument))

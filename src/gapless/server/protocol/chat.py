@@ -61,15 +61,12 @@ class ChatRequest(TemplateFields, SamplingFields):
     audio: Any = None
 
     def params(self, form: dict[str, Any]) -> SamplingParams:
-        """form: what the tools ask of the answer's. Raises InvalidRequestError."""
+        """form: the answer's. Raises InvalidRequestError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true")
-        arguments = self.sampling_arguments()
-        if form and any(name in arguments for name in ("json_schema", "json_object", "regex", "choice", "grammar")):
-            raise InvalidRequestError("response_format does not go together with tools that ask for a form themselves")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return make_params({**arguments, **form, "max_tokens": limit, "logprobs": logprobs})
+        return make_params({**self.sampling_arguments(form), "max_tokens": limit, "logprobs": logprobs})
 
     def check(self) -> None:
         """Refuse what this server can not do. Raises InvalidRequestError."""

@@ -16,7 +16,6 @@ from gapless.server.protocol.sampling import Body, SamplingFields, Schema, make_
 MAX_METADATA = 16
 FunctionName = Annotated[str, WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"})]
 Item = Annotated[Any, WithJsonSchema({"type": "object"})]
-_FORMS = ("json_schema", "json_object", "regex", "choice", "grammar")
 _NEEDS_STORE = ("previous_response_id", "conversation", "prompt")
 
 
@@ -92,12 +91,8 @@ class ResponsesRequest(SamplingFields):
             raise InvalidRequestError("n: a response is one answer; /v1/chat/completions gives more")
 
     def params(self, form: dict[str, Any]) -> SamplingParams:
-        """form: what the tools ask of the answer's. Raises InvalidRequestError."""
-        given = self.sampling_arguments()
-        forms = [name for each in (given, self._text_form(), form) for name in _FORMS if name in each]
-        if len(forms) > 1:
-            raise InvalidRequestError("an answer has at most one form: text.format and tools ask for one each")
-        return make_params({**given, **self._text_form(), **form, "max_tokens": self.max_output_tokens})
+        """form: the answer's. Raises InvalidRequestError."""
+        return make_params({**self.sampling_arguments(form), "max_tokens": self.max_output_tokens})
 
     def template_arguments(self) -> dict[str, Any]:
         """For the chat template."""
@@ -107,13 +102,14 @@ class ResponsesRequest(SamplingFields):
             wanted["enable_thinking"] = False
         return wanted | (self.chat_template_kwargs or {})
 
-    def _text_form(self) -> dict[str, Any]:
+    def _forms(self) -> list[tuple[str, Any]]:
         form = self.text.format if self.text is not None else None
         if form is None or form.type == "text":
-            return {}
+            return super()._forms()
         if form.type == "json_schema" and form.schema_ is None:
             raise InvalidRequestError("text.format.schema is missing")
-        return {"json_object": True} if form.type == "json_object" else {"json_schema": form.schema_}
+        asked = ("json_object", True) if form.type == "json_object" else ("json_schema", form.schema_)
+        return [*super()._forms(), asked]
 
 
 # ----------------------------------------------------------------- answers

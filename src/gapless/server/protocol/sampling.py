@@ -128,8 +128,11 @@ class SamplingFields(Body):
     return_token_ids: bool | None = None
     user: str | None = None
 
-    def sampling_arguments(self) -> dict[str, Any]:
-        """For SamplingParams, without limits of length and without log probabilities. Raises InvalidRequestError."""
+    def sampling_arguments(self, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """For SamplingParams, without limits of length and without log probabilities. Raises InvalidRequestError.
+
+        form: the answer's, in place of the one that is asked for.
+        """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError("best_of is not supported: it may only be n")
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
@@ -137,16 +140,20 @@ class SamplingFields(Body):
             given["top_k"] = 0
         if self.seed is not None:
             given["seed"] = self.seed % MAX_SEED
-        return given | self._form()
+        return {**given, **(self.form() if form is None else form)}
 
-    def _form(self) -> dict[str, Any]:
-        """The one form that is asked for, however it is spelled. Raises InvalidRequestError if they are two."""
-        forms = [(name, getattr(self, name)) for name in ("json_schema", "regex", "choice", "grammar")]
-        forms += _forms_of(self.response_format) + _forms_of_structured(self.structured_outputs)
-        found = [(name, value) for name, value in forms if value is not None]
+    def form(self) -> dict[str, Any]:
+        """The one form that is asked for, however it is spelled, for SamplingParams. Raises InvalidRequestError if they
+        are two."""
+        found = [(name, value) for name, value in self._forms() if value is not None]
         if len(found) > 1:
             raise InvalidRequestError(f"an answer has at most one form, not {' and '.join(name for name, _ in found)}")
         return dict(found)
+
+    def _forms(self) -> list[tuple[str, Any]]:
+        """All of them."""
+        forms = [(name, getattr(self, name)) for name in ("json_schema", "regex", "choice", "grammar")]
+        return forms + _forms_of(self.response_format) + _forms_of_structured(self.structured_outputs)
 
 
 def _forms_of(given: ResponseFormat | None) -> list[tuple[str, Any]]:

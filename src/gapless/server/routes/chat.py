@@ -62,7 +62,8 @@ async def create_chat_completion(
     def prepare(loaded: Loaded) -> list[Prepared]:
         text, token_ids = render(body, body.messages, loaded, plan.template_tools)
         rendered.append(text)
-        exact = body.params(plan.form_after(text)) if plan.form else params  # the prompt may have opened the thoughts
+        # the prompt may have opened the thoughts
+        exact = body.params(plan.form_after(text)) if plan.has_form else params
         priority = body.priority or 0
         return [loaded.prepare({"prompt_token_ids": token_ids, "cache_salt": salt, "priority": priority}, exact)]
 
@@ -81,7 +82,7 @@ async def create_chat_completion(
 
 
 def plan_of(body: ChatRequest, loaded: Loaded, config: ServerConfig) -> AnswerPlan:
-    """What the tools ask of the answer. Raises InvalidRequestError."""
+    """What the tools and the form ask of the answer. Raises InvalidRequestError."""
     source = loaded.chat_template.source if loaded.chat_template is not None else None
     choice = body.tool_choice
     return plan_answer(
@@ -90,6 +91,7 @@ def plan_of(body: ChatRequest, loaded: Loaded, config: ServerConfig) -> AnswerPl
         parallel_tool_calls=body.parallel_tool_calls is not False,
         dialect=dialect_of(source, config.tool_parser),
         reasoning_tag=reasoning_tag_of(source, config.reasoning_parser),
+        asked=body.form(),
     )
 
 

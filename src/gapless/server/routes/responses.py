@@ -46,7 +46,7 @@ async def create_response(
     length = sum(len(each["content"]) for each in messages)
     check_length(length, loaded.engine.admission.limits.max_model_len, text=True)
     plan = plan_of(body, loaded, context.config)
-    plain = body.params({})
+    plain = body.params(body.form())
     salt = cache_salt_of(request, context.config, body.cache_salt)
     rendered: list[str] = []
 
@@ -68,7 +68,7 @@ async def create_response(
 
 
 def plan_of(body: ResponsesRequest, loaded: Loaded, config: ServerConfig) -> AnswerPlan:
-    """What the tools ask of the answer. Raises InvalidRequestError."""
+    """What the tools and the form ask of the answer. Raises InvalidRequestError."""
     source = loaded.chat_template.source if loaded.chat_template is not None else None
     choice = body.tool_choice
     return plan_answer(
@@ -78,6 +78,7 @@ def plan_of(body: ResponsesRequest, loaded: Loaded, config: ServerConfig) -> Ans
         dialect=dialect_of(source, config.tool_parser),
         reasoning_tag=reasoning_tag_of(source, config.reasoning_parser),
         flat=True,
+        asked=body.form(),
     )
 
 
