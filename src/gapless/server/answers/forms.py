@@ -27,7 +27,8 @@ _OPTIONS: Final = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_o
 _ANY: Final = "(?s:.*)"
 _GAP: Final = r"GAP: /\s{1,4}/"
 _OPENING: Final = '{"name": "'
-_BARE_BEGINS: Final = (r"\s", rf"\{{\s*\"({'|'.join(KEYS)})\"", re.escape(PYTHON_TAG))  # of what is no text
+_SPACE: Final = r"/\s{0,4}/"
+_CALL_BEGINS: Final = (rf"\{{\s*\"({'|'.join(KEYS)})\"", re.escape(PYTHON_TAG))  # where calls have no tag
 
 
 def calls_form(
@@ -79,19 +80,18 @@ def answer_form(
     Where calls have no tag, JSON that reads as one is one, whichever of the two it was meant to be.
     Raises InvalidRequestError: all of it is too long for one grammar.
     """
-    rules = [*_thoughts(reasoning_tag, inside=inside, gap=True), f"answer: {'calls | ' if functions else ''}form"]
-    is_json, bare = asked.kind in ("json_schema", "json_object"), dialect == "llama3_json"
+    rules = _thoughts(reasoning_tag, inside=inside, behind="late")
+    rules.append("answer: calls | form" if functions else "answer: form")
+    is_json = asked.kind in ("json_schema", "json_object")
     if is_json:
-        rules.append(f"form: {_json(json.loads(asked.text))}")
+        rules += [_GAP, "late: GAP? answer", f"form: {_json(json.loads(asked.text))}"]
     else:
-        rules += _text_form(asked, dialect if functions else "none", reasoning_tag, inside=inside)
-    if functions:
-        rules.append(_calls("calls:", several, "; " if bare else "\n"))
-        if bare and is_json:
-            rules.append("call: " + " | ".join(_json(_call_schema(name, schema)) for name, schema in functions))
-        else:
-            begin = _quoted(_OPENING) if bare else f"{_quoted(CALL_TAG)} " + _quoted("\n" + _OPENING)
-            rules += [f"call: {begin} function", *_functions(functions, dialect)]
+        rules.append("late: late_calls | LATE" if functions else "late: LATE")
+        rules += _text_form(asked, dialect if functions else "none", reasoning_tag if not inside else None)
+    if functions and is_json and dialect == "llama3_json":
+        rules += [_calls("calls: call", several, "; "), "call: " + " | ".join(_json_call(*each) for each in functions)]
+    elif functions:
+        rules += _lark_calls(functions, dialect, several)
     text = "\n".join(rules)
     if len(text.encode()) > MAX_GRAMMAR:
         raise InvalidRequestError(
@@ -111,48 +111,65 @@ def _functions(functions: Sequence[tuple[str, Mapping[str, Any]]], dialect: Dial
     return [*rules, "function: " + " | ".join(f"function_{place}" for place in range(len(functions)))]
 
 
-def _thoughts(tag: str | None, *, inside: bool, gap: bool = False) -> list[str]:
-    """`start`, which goes on with `answer`. gap: white space may stand between."""
+def _thoughts(tag: str | None, *, inside: bool, behind: str = "answer") -> list[str]:
+    """`start`, which goes on with `answer`, or what comes behind thoughts instead."""
     rules = [f"ANY: /{_ANY}/"]
     if tag is None:
         return [*rules, "start: answer"]
     begin = "" if inside else _quoted(f"<{tag}>")
     return [
         *rules,
-        *([_GAP] if gap else []),
-        f"start: {'(thoughts GAP?)' if gap else 'thoughts'}{'' if inside else '?'} answer",
+        f"start: thoughts {behind}{'' if inside else ' | answer'}",
         f"thoughts[lazy]: {begin} ANY {_quoted(f'</{tag}>')}",
     ]
 
 
-def _text_form(asked: GrammarSpec, dialect: Dialect, tag: str | None, *, inside: bool) -> list[str]:
-    """`form`: a regex's or a choice's texts but those that would be read as thoughts or calls, or behind thoughts
-    without their first characters, which are white space."""
+def _text_form(asked: GrammarSpec, dialect: Dialect, tag: str | None) -> list[str]:
+    """`form`: a regex's or a choice's texts but those that would be read as thoughts or calls."""
     if asked.kind == "regex":
         text: str = json.loads(LLMatcher.grammar_from_regex(asked.text))["grammars"][0]["lark_grammar"]
         text = text.removeprefix("start: ")
     else:
         text = " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(asked.text))
-    begins = {"hermes": (f"{_ANY}{CALL_TAG}",), "llama3_json": _BARE_BEGINS, "none": ()}[dialect]
-    if tag is not None:
-        begins = (*begins, r"\s")
-    return ["form: FORM", f"ASKED: {text}", f"FORM: ASKED{_without(begins, None if inside else tag)}"]
+    calls = {"hermes": [f"{_ANY}{CALL_TAG}"], "llama3_json": [rf"\s*{each}" for each in _CALL_BEGINS], "none": []}
+    thoughts = [] if tag is None else [rf"\s*<{re.escape(tag)}>"]
+    return [
+        f"ASKED: {text}",
+        f"FORM: ASKED{_without([*calls[dialect], *thoughts])}",
+        "form: FORM",
+        f"LATE: {_SPACE} FORM",
+    ]
 
 
-def _call_schema(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a whole call without a tag. The schema in it is a resource of its own, so its references stay in it."""
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, "parameters": {"$id": "urn:parameters", **schema}},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
-    }
+def _lark_calls(functions: Sequence[tuple[str, Mapping[str, Any]]], dialect: Dialect, several: bool) -> list[str]:
+    """`calls`, and `late_calls` with white space before them, in one lexeme: the lexer decides once between those that
+    begin alike, and the form may begin with white space, too."""
+    if dialect == "llama3_json":
+        mark, body, between = _quoted(_OPENING), "function", "; "
+    else:
+        mark, body, between = _quoted(CALL_TAG), _quoted("\n" + _OPENING) + " function", "\n"
+    return [
+        f"call: {mark} {body}",
+        _calls("calls: call", several, between),
+        f"LATE_MARK: {_SPACE} {mark}",
+        f"late_call: LATE_MARK {body}",
+        _calls("late_calls: late_call", several, between),
+        *_functions(functions, dialect),
+    ]
+
+
+def _json_call(name: str, schema: Mapping[str, Any]) -> str:
+    """A call without a tag, of the same lexemes as a form that is JSON. Its schema is a resource of its own, so its
+    references stay in it."""
+    parameters = {"$id": "urn:parameters", **schema}
+    properties = {"name": {"const": name}, "parameters": parameters}
+    return _json({"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False})
 
 
 def _tagged(must_call: bool, several: bool, tag: str | None) -> list[str]:
     body = _quoted("\n" + _OPENING) + " function"
     if must_call:
-        return [_GAP, _calls("answer: GAP?", several, "\n"), f"call: {_quoted(CALL_TAG)} {body}"]
+        return [_GAP, _calls("answer: GAP? call", several, "\n"), f"call: {_quoted(CALL_TAG)} {body}"]
     return [
         f"answer: {'call* text' if several else 'call | text'}",
         "text: TEXT",
@@ -165,29 +182,28 @@ def _tagged(must_call: bool, several: bool, tag: str | None) -> list[str]:
 def _bare(must_call: bool, several: bool, tag: str | None) -> list[str]:
     call = f"call: {_quoted(_OPENING)} function"
     if must_call:
-        return [_GAP, _calls("answer: GAP?", several, "; "), call]
+        return [_GAP, _calls("answer: GAP? call", several, "; "), call]
     return [
         _GAP,
         "answer: GAP? (calls | text)",
         "text: TEXT",
-        _text(tag, _BARE_BEGINS),
-        _calls("calls:", several, "; "),
+        _text(tag, [r"\s", *_CALL_BEGINS]),
+        _calls("calls: call", several, "; "),
         call,
     ]
 
 
 def _calls(rule: str, several: bool, between: str) -> str:
-    return f"{rule} call{f' ({_quoted(between)} call)*' if several else ''}"
+    return rule + (f" ({_quoted(between)} call)*" if several else "")
 
 
 def _text(tag: str | None, begins: Sequence[str]) -> str:
     """TEXT, which does not begin like thoughts, or with any of `begins`."""
-    return "TEXT: ANY" + _without(begins, tag)
+    return "TEXT: ANY" + _without([*begins, *([] if tag is None else [f"<{re.escape(tag)}>"])])
 
 
-def _without(begins: Sequence[str], tag: str | None) -> str:
-    excluded = [*begins, *([] if tag is None else [f"<{re.escape(tag)}>"])]
-    return "".join(f" & ~/{each}{_ANY}/" for each in excluded)
+def _without(begins: Sequence[str]) -> str:
+    return "".join(f" & ~/{each}{_ANY}/" for each in begins)
 
 
 def _json(schema: Mapping[str, Any]) -> str:

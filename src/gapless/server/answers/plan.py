@@ -75,7 +75,7 @@ class AnswerPlan:
             return {
                 "grammar": answer_form(
                     self.composed,
-                    schemas if self.may_call else (),
+                    schemas,
                     self.dialect,
                     several=self.several,
                     reasoning_tag=self.reasoning_tag,
