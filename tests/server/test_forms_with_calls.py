@@ -160,6 +160,7 @@ FORMS: list[tuple[str, AnswerPlan, str, list[str], list[str]]] = [
         [ROME, THOUGHT + ROME],
         [THOUGHT, THOUGHT + CALL, CALL, "Hi", f"{THOUGHT}{{}}"],
     ),
+    ("no known calls", plan(JSON, [STRICT], dialect="none", tag="think"), "", [THOUGHT + ROME], [CALL, THOUGHT + CALL]),
     ("in thoughts", plan(ANY_JSON, tag="think"), "<think>", [INSIDE + ROME, "</think>{}"], [ROME, "</think>[]"]),
     (
         "bare", plan(JSON, [STRICT, DEEP, TWICE, G], dialect="llama3_json", tag="think"), "",

@@ -95,6 +95,9 @@ def run_batch(
         leave_on_sigint()
         warn(f"interrupted; {batch.progress()}")
         raise typer.Exit(INTERRUPTED) from None
+    except OSError:  # such as a full disk; it names the file
+        warn(batch.progress())
+        raise
     failed = f", {batch.failed} failed, in {wrong}" if batch.failed else ""
     warn(f"{batch.done - batch.failed} of {batch.total} lines answered, in {output}{failed}")
     raise typer.Exit(1 if batch.failed else 0)

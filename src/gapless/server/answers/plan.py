@@ -75,7 +75,7 @@ class AnswerPlan:
             return {
                 "grammar": answer_form(
                     self.composed,
-                    schemas,
+                    schemas if self.may_call else (),
                     self.dialect,
                     several=self.several,
                     reasoning_tag=self.reasoning_tag,
