@@ -83,11 +83,11 @@ class Watched:
             begin, status, seconds = map(float, line.split())
             self.probes += 1
             self.health = max(self.health, seconds)
-            self.unhealthy += status != 200 and not self.excuses(begin)
+            self.unhealthy += status != 200 and not self.excuses(begin, begin)
 
-    def excuses(self, at: float) -> bool:
-        """Whether the engine was dead then."""
-        return any(begin <= at - self.begin <= end + AFTERMATH for begin, end in self.kills)
+    def excuses(self, begin: float, end: float) -> bool:
+        """Whether the engine was dead at some time of it."""
+        return any(dead <= end - self.begin and begin - self.begin <= back + AFTERMATH for dead, back in self.kills)
 
 
 async def watch(server: Server, watched: Watched, over: asyncio.Event) -> None:
@@ -199,7 +199,7 @@ def compare(server: Server, tally: Tally, failures: list[str]) -> dict[str, Any]
     """The server's counters against what the clients saw: those that left may count either way."""
     ended = server.counts("gapless_requests", "finish_reason")
     refused = server.counts("gapless_requests_refused", "status")
-    errors = sum(1 for _, what in tally.refused)
+    errors = len(tally.refused)
     told = ended.get("error", 0) + refused.get("503", 0) - server.own_refusals
     bounds = {
         "stop": (ended.get("stop", 0), tally.reasons["stop"]),
@@ -228,8 +228,8 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def report(server: Server, options: argparse.Namespace, tally: Tally, watched: Watched) -> dict[str, Any]:
     """As JSON."""
     seconds, failures = watched.now(), list(tally.failures)
-    excused = [what for at, what in tally.refused if watched.excuses(at)]
-    failures += [f"no engine had died: {what}" for at, what in tally.refused if not watched.excuses(at)]
+    excused = [what for begin, end, what in tally.refused if watched.excuses(begin, end)]
+    failures += [f"no engine had died: {what}" for begin, end, what in tally.refused if not watched.excuses(begin, end)]
     left = settle(server)
     if any(left.values()) or None in left.values():
         failures.append(f"not all is given back: {left}")

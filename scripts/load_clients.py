@@ -97,11 +97,11 @@ class Tally:
     told: int = 0
     firsts: list[float] = field(default_factory=list)
     lasts: list[float] = field(default_factory=list)
-    refused: list[tuple[float, str]] = field(default_factory=list)
+    refused: list[tuple[float, float, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
-        """Book it. What only a dead engine excuses goes to `refused`, with its time."""
+        """Book it. What only a dead engine excuses goes to `refused`, with its begin and its end."""
         plan = result.plan
         self.kinds[plan.kind] += 1
         self.tokens += result.tokens
@@ -116,7 +116,7 @@ class Tally:
         self.statuses[result.status] += 1
         if result.status == 503 or result.code in ("engine_dead", "unavailable"):
             self.told += result.status == 200
-            self.refused.append((result.end, f"{plan.kind}: {result.status} {result.code}"))
+            self.refused.append((result.begin, result.end, f"{plan.kind}: {result.status} {result.code}"))
         elif result.status != (plan.expected or 200):
             self.failures.append(f"{plan.kind}: status {result.status} {result.code}, not {plan.expected or 200}")
         elif plan.expected is None:
