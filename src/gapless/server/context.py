@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gapless.async_llm import AsyncLLM
@@ -12,6 +13,7 @@ from gapless.outputs import Usage
 from gapless.server.config import ServerConfig
 from gapless.spans import Run
 
+THREADS = 16  # for long prompts and forms
 EngineState = Literal["starting", "ready", "restarting", "dead"]
 
 
@@ -118,6 +120,7 @@ class Context:
     alias     another name of the model
     open      requests that are open
     draining  no new ones are taken
+    forms     lets a part of the threads that requests have wait for forms; the others stay free for long prompts
     """
 
     config: ServerConfig
@@ -127,6 +130,7 @@ class Context:
     alias: str | None = None
     open: int = 0
     draining: bool = False
+    forms: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(THREADS * 3 // 4))
 
     @property
     def llm(self) -> AsyncLLM:

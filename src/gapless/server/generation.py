@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Self
 
 from fastapi import Request
@@ -58,12 +58,12 @@ class Job:
         *,
         count: int = 1,
         stream: bool,
-        takes_time: bool,
+        has_form: bool,
+        is_long: bool,
     ) -> Self:
         """Check the prompts and queue them.
 
-        prepare     makes `count` prompts; on a thread if it `takes_time`, as it does where a grammar is compiled or the
-                    text is long.
+        prepare     makes `count` prompts; on a thread if that takes time: where a form is compiled, or much is read.
         stream      whether next() is to be called, else whole().
 
         Raises what prepare, AsyncLLM.submit() and Context raise, with nothing queued.
@@ -71,8 +71,8 @@ class Job:
         job = cls(request, context, count)
         try:
             llm = context.llm
-            if takes_time:
-                async with job._leaving_cancels():
+            if has_form or is_long:
+                async with job._leaving_cancels(), context.forms if has_form else nullcontext():
                     prepared = await asyncio.to_thread(prepare, llm.loaded)
             else:
                 prepared = prepare(llm.loaded)

@@ -22,7 +22,7 @@ from gapless.errors import ConfigError, EngineDeadError
 from gapless.server.answers import dialect_of, reasoning_tag_of
 from gapless.server.app import create_app
 from gapless.server.config import ServerConfig
-from gapless.server.context import Context
+from gapless.server.context import THREADS, Context
 from gapless.server.logs import ProgressLog, RequestLog, ServerLog
 from gapless.server.messages import Start
 from gapless.server.observer import ServerObserver
@@ -33,7 +33,6 @@ from gapless.weights.source import DEMO
 __all__ = ["bind", "serve", "start_message"]
 
 _BACKLOG = 2048
-_THREADS = 16  # for long prompts and grammars: one that waits for its grammar must not hold up the others
 _KEEP_ALIVE_SECONDS = 75  # longer than the proxies in front keep theirs
 _GRACE_SECONDS = 2  # for connections to close
 _DRAIN_LOOK_SECONDS = 0.05
@@ -112,7 +111,7 @@ class _Server:
 
     async def run(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "gapless-work"))
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "gapless-work"))
         loop.add_signal_handler(signal.SIGTERM, self._asked.set)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         engine = asyncio.create_task(self.supervisor.run())

@@ -67,8 +67,9 @@ async def create_chat_completion(
         priority = body.priority or 0
         return [loaded.prepare({"prompt_token_ids": token_ids, "cache_salt": salt, "priority": priority}, exact)]
 
-    takes_time = params.has_form or length > LONG_TEXT
-    job = await Job.start(request, context, prepare, stream=bool(body.stream), takes_time=takes_time)
+    job = await Job.start(
+        request, context, prepare, stream=bool(body.stream), has_form=params.has_form, is_long=length > LONG_TEXT
+    )
     parsers = [plan.parser(rendered[0]) for _ in range(params.n)]
     writer = ChatWriter(head, body, parsers, loaded.tokenizer, job)
     if body.stream:

@@ -70,7 +70,8 @@ async def create_completion(
         prepare,
         count=len(prompts),
         stream=bool(body.stream),
-        takes_time=params.has_form or len(prompts) > _FEW_PROMPTS or sum(map(len, prompts)) > LONG_TEXT,
+        has_form=params.has_form,
+        is_long=len(prompts) > _FEW_PROMPTS or sum(map(len, prompts)) > LONG_TEXT,
     )
     if body.stream:
         return EventStream(job, CompletionWriter(head, body, params, loaded.tokenizer, job), request_id)

@@ -57,8 +57,10 @@ async def create_response(
         priority = body.priority or 0
         return [loaded.prepare({"prompt_token_ids": token_ids, "cache_salt": salt, "priority": priority}, params)]
 
-    takes_time = plan.has_form or plain.has_form or length > LONG_TEXT
-    job = await Job.start(request, context, prepare, stream=bool(body.stream), takes_time=takes_time)
+    has_form = plan.has_form or plain.has_form
+    job = await Job.start(
+        request, context, prepare, stream=bool(body.stream), has_form=has_form, is_long=length > LONG_TEXT
+    )
     response = ResponseBody.begin(head.id, head.created, head.model, body)
     writer = ResponsesWriter(response, plan.parser(rendered[0]), loaded.tokenizer, job)
     if body.stream:

@@ -1,14 +1,22 @@
-"""One request begins at a turn of the event loop, so that a crowd holds nobody else up."""
+"""A crowd holds nobody else up: not by its number, and not by forms that take long to compile."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import httpx
+import pytest
 
 from frontend.tiny import tiny_engine
+from gapless.collector import Prepared
+from gapless.loading import Loaded
+from gapless.params import SamplingParams
+from gapless.prompts import Prompt
 from gapless.server.app import create_app
+from gapless.server.context import THREADS
 from gapless.server.http.limits import Turnstile
 from support.server import RunningServer, running_server
 
@@ -71,3 +79,37 @@ def test_health_does_not_wait_behind_a_crowd():
         status, done = server.run(lambda: crowd(server))
     assert status == 200
     assert done < 50
+
+
+def test_forms_that_are_compiled_leave_threads_for_long_prompts(monkeypatch: pytest.MonkeyPatch):
+    waiting, over = threading.Semaphore(0), threading.Event()
+    prepare = Loaded.prepare
+
+    def slowly(self: Loaded, prompt: Prompt, params: SamplingParams | None = None) -> Prepared:
+        if params is not None and params.has_form:
+            waiting.release()
+            assert over.wait(60)
+            params = None
+        return prepare(self, prompt, params)
+
+    monkeypatch.setattr(Loaded, "prepare", slowly)
+
+    async def scenario(server: RunningServer) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
+        transport = httpx.ASGITransport(create_app(server.context))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
+            hard = {"prompt": "abc", "max_tokens": 2, "regex": "a+"}
+            asked = [asyncio.create_task(client.post("/v1/completions", json=hard)) for _ in range(3 * THREADS)]
+            while not waiting.acquire(blocking=False):
+                await asyncio.sleep(0.01)
+            try:
+                long = await asyncio.wait_for(
+                    client.post("/v1/completions", json={"prompt": ["abc"] * 6, "max_tokens": 2}), 30
+                )
+            finally:
+                over.set()
+            assert long.status_code == 200
+            assert {each.status_code for each in await asyncio.gather(*asked)} == {200}
+
+    with running_server(tiny_engine(lookahead=1), max_open=512) as server:
+        server.run(lambda: scenario(server))
