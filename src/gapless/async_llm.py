@@ -20,7 +20,7 @@ from gapless.errors import EngineDeadError, GaplessError, InvalidRequestError
 from gapless.loading import EngineOptions, Load, Loaded, engine_config, load_engine
 from gapless.logits_processor import LogitsProcessor
 from gapless.outcome import Committed
-from gapless.outputs import RequestOutput
+from gapless.outputs import RequestOutput, Usage
 from gapless.params import SamplingParams
 from gapless.prompts import Prompt
 
@@ -187,6 +187,11 @@ class RequestStream(AsyncIterator[RequestOutput]):
     @property
     def request_id(self) -> str:
         return str(self._generation.request_id)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far, those included that were not read."""
+        return self._generation.usage
 
     def __aiter__(self) -> Self:
         return self

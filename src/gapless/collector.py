@@ -191,6 +191,12 @@ class Generation:
         """Whether a delta would have something in it."""
         return any(each.unread for each in self.continuations)
 
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        generated = sum([len(each.token_ids) for each in self.continuations])
+        return Usage(len(self.prepared.requests[0].prompt), generated, self.cached_tokens)
+
     def output(self, *, delta: bool = False) -> RequestOutput:
         """All that is known so far; with `delta`, what is new since the last call."""
         outputs = [each.advance() if delta else each.whole() for each in self.continuations if each.unread or not delta]
@@ -205,9 +211,7 @@ class Generation:
             prompt_token_ids=prompt_token_ids,
             outputs=outputs,
             finished=self.finished,
-            usage=Usage(
-                len(prompt_token_ids), sum([len(each.token_ids) for each in self.continuations]), self.cached_tokens
-            ),
+            usage=self.usage,
             prompt_logprobs=self._prompt_logprobs.copy() if scored else None,
         )
 

@@ -156,6 +156,7 @@ def test_a_client_that_leaves_frees_its_blocks(demo_server: RunningServer, strea
     ((reason, usage),) = seen.watches[-1].ends
     assert reason == "cancelled"
     assert usage is not None
+    assert usage.prompt_tokens > 0  # though nothing had been read of a whole answer
     assert usage.completion_tokens < 1000
 
 

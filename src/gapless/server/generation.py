@@ -33,7 +33,6 @@ class Job:
         self._context = context
         self.prepared: Sequence[Prepared] = ()
         self._streams: list[RequestStream] = []
-        self._usages: dict[int, Usage] = {}
         self._waiting: dict[asyncio.Task[RequestOutput | None], int] = {}
         self._begun = False
         self._finished = 0
@@ -85,7 +84,7 @@ class Job:
     @property
     def usage(self) -> Usage:
         """Of all prompts together, as far as it is known."""
-        found = self._usages.values()
+        found = [stream.usage for stream in self._streams]
         return Usage(
             sum(each.prompt_tokens for each in found),
             sum(each.completion_tokens for each in found),
@@ -97,9 +96,9 @@ class Job:
         ApiError."""
         outputs: list[RequestOutput] = []
         async with self.watching():
-            for place, stream in enumerate(self._streams):
+            for stream in self._streams:
                 async for output in stream:
-                    self._book(place, output)
+                    self._book(output)
                     outputs.append(output)
         if self._gone:
             raise _gone()
@@ -114,7 +113,7 @@ class Job:
             output = await self._streams[0].__anext__()
         except StopAsyncIteration:
             return None
-        self._tell(self._book(0, output))
+        self._tell(self._book(output))
         return ((0, output),)
 
     @asynccontextmanager
@@ -180,15 +179,14 @@ class Job:
         for place, task in sorted(((self._waiting.pop(task), task) for task in done), key=lambda pair: pair[0]):
             output = task.result()
             if output is not None:
-                self._tell(self._book(place, output))
+                self._tell(self._book(output))
                 batch.append((place, output))
                 if not output.finished:
                     self._waiting[_next_of(self._streams[place])] = place
         return batch
 
-    def _book(self, place: int, output: RequestOutput) -> int:
+    def _book(self, output: RequestOutput) -> int:
         """Returns its new tokens. Raises ApiError, UnavailableError for an end that is no answer."""
-        self._usages[place] = output.usage
         self._finished += output.finished
         count = 0
         for each in output.outputs:
