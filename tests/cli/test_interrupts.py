@@ -22,6 +22,23 @@ from gapless.cli.main import main
 main(["env"])
 """
 
+WHERE_NO_EXCEPTION_LEAVES = """
+import signal, sys
+from gapless.cli import main as entry
+
+class Last:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def fill(before=entry._fill_closed_streams):
+    before()
+    Last()
+    signal.pause()  # until the interrupt comes again
+
+entry._fill_closed_streams = fill
+entry.main(["env"])
+"""
+
 INTERRUPTS_ITSELF = """
 import os, signal, sys, threading
 from gapless.cli.main import main
@@ -47,6 +64,10 @@ def run(script: str, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize("module", ["typer", "numpy", "gapless.cli.bench"])
 def test_while_the_program_is_imported(module: str):
     assert run(WHILE_IMPORTING.format(module=module)) == (130, "gapless: interrupted\n")
+
+
+def test_in_a_finaliser():
+    assert run(WHERE_NO_EXCEPTION_LEAVES) == (130, "gapless: interrupted\n")
 
 
 def test_in_an_answer_to_a_prompt(options: list[str]):

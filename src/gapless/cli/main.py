@@ -6,12 +6,13 @@ import os
 import sys
 from typing import NoReturn
 
-from gapless.cli.signals import leave_interrupted
+from gapless.cli.signals import bring_lost_interrupts_back, leave_interrupted
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit."""
     try:
+        bring_lost_interrupts_back()
         _fill_closed_streams()
         from gapless.cli.program import run
 

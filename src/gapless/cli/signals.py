@@ -18,10 +18,27 @@ from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+SECONDS_TO_LEAVE = 0.01  # that native code gets to return to Python before a lost interrupt comes again
 
 # The interpreter ends by giving every signal its default back: SIGINT would then end the process with another status.
 # One that is ignored stays so. Registered before anything heavy is imported, this is the last to be called.
 atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def bring_lost_interrupts_back() -> None:
+    """A Ctrl-C that falls into a place no exception leaves (a finaliser, a callback of native code) comes again."""
+    before = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            before(lost)
+            return
+        main = threading.main_thread().ident
+        again = threading.Timer(SECONDS_TO_LEAVE, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
 
 
 @contextmanager
