@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
 from support.effort import THOROUGH
+from support.interpreted import look_for_builtins_once
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    look_for_builtins_once()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -77,7 +77,7 @@ def test_edited_logits_are_those_of_the_reference_bit_for_bit(
         expected_EV = torch_features.edit_logits(logits_EV, case.rows_E, case.positions_E, tables, step_masks)
         tiles = EditTiles(block=block, programs=programs)
         edited = triton_features.edit_logits(logits_EV, case.rows_E, case.positions_E, tables, step_masks, tiles)
-        assert torch.equal(edited.is_edited_E, edited_E.int())
+        assert torch.equal(edited.where_E, edited_E.int())
         assert 0 < edited_E.sum() < ROWS
         assert torch.equal(edited.logits_EV[edited_E], expected_EV[edited_E])
 

@@ -23,6 +23,7 @@ from gapless.sampling.triton_kernels import choose_kernel
 from gapless.sampling.triton_math import scale, uniform_halves
 from gapless.sampling.triton_sampler import SamplerTiles, TritonSampler
 from support.effort import effort
+from support.interpreted import look_for_builtins_once
 
 # ruff: noqa: ANN001
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
@@ -159,6 +160,7 @@ def check_filters(
 
 def main() -> None:
     assert type(choose_kernel).__name__ == "InterpretedFunction", type(choose_kernel)
+    look_for_builtins_once()
     torch.use_deterministic_algorithms(True)  # fills scratch with NaN and the largest integers
     generator = torch.Generator().manual_seed(0)
     check_numbers(generator)

@@ -12,7 +12,19 @@ triton: Any = pytest.importorskip("triton")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = ("extremes_kernel", "survey_kernel", "choose_kernel")
-EDITED = {"edited_ptr": "*fp32", "is_edited_ptr": "*i32"}
+EDITED = {
+    "edited_ptr": "*fp32",
+    "where_ptr": "*i32",
+    "flags_ptr": "*i32",
+    "repetition_ptr": "*fp32",
+    "presence_ptr": "*fp32",
+    "frequency_ptr": "*fp32",
+    "counts_ptr": "*i32",
+    "allowed_ptr": "*i32",
+    "mask_ptr": "*i32",
+    "mask_index_ptr": "*i32",
+    "masks": "i32",
+}
 POINTERS = {
     "rows_ptr": "*i32",
     "positions_ptr": "*i32",
@@ -48,6 +60,7 @@ def assembled(kernel_name: str, target: str, dtype: str, vocab: int, *, edited: 
         "LOW_ZERO_BITS": triton_sampler.low_zero_bits(DTYPES[dtype]),
         "DEPENDENT": target == "sm_90",
         "EDITED": edited,
+        "HAS_MASKS": edited,
         **({} if edited else dict.fromkeys(EDITED)),
     }
     types = {"logits_ptr": f"*{dtype}", "logits_stride": "i32", **POINTERS, **EDITED}
@@ -92,3 +105,9 @@ def test_every_operation_of_a_weight_is_rounded_by_itself(kernel: str):
     assert not [line for line in lines if "fma.rn.f32" in line or "div.full" in line]
     flushing = [line for line in lines if ".ftz" in line]
     assert all("cvt.rmi.ftz" in line for line in flushing)  # floor: no subnormal reaches it
+
+
+def test_every_operation_of_an_edit_is_rounded_by_itself():
+    lines: list[str] = assembled("extremes_kernel", "sm_90", "bf16", 128256, edited=True)["ptx"].splitlines()
+    assert not [line for line in lines if "fma.rn.f32" in line or "div.full" in line or ".ftz" in line]
+    assert [line for line in lines if "div.rn.f32" in line]

@@ -11,7 +11,7 @@ triton: Any = pytest.importorskip("triton")
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = ("repetition_ptr", "presence_ptr", "frequency_ptr", "edited_ptr", "largest_ptr", "total_ptr", "logprobs_ptr")
+FLOATS = ("repetition_ptr", "presence_ptr", "frequency_ptr", "edited_ptr", "total_ptr", "logprobs_ptr")
 NUMBERS = ("logits_stride", "lines_stride", "tokens", "masks")
 
 
@@ -25,9 +25,10 @@ def assembled(kernel: Any, target: str, dtype: str, vocab: int, warps: int, **sh
         "LARGEST": torch.finfo(DTYPES[dtype]).max,
         "DEPENDENT": target == "sm_90",
         "HAS_MASKS": True,
+        "LISTS_ONLY": False,
         **shape,
     }
-    types = dict.fromkeys(kernel.arg_names, "*i32") | {"logits_ptr": f"*{dtype}", "keys_ptr": "*i64"}
+    types = dict.fromkeys(kernel.arg_names, "*i32") | {"logits_ptr": f"*{dtype}", "best_ptr": "*i64"}
     types |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
     if "lines_stride" in kernel.arg_names:  # elsewhere the lines are what is sent for taken rows
         types["lines_ptr"] = f"*{dtype}"

@@ -57,7 +57,7 @@ def test_the_gpu_counts_edits_and_chooses_as_the_reference_does(vocab: int, dtyp
     edited_E = torch_features.edited_entries(case.rows_E, expected, masks)
     edited_EV = torch_features.edit_logits(*arguments, expected, masks)
     edited = triton_features.edit_logits(*on_gpu, tables, masks_on_gpu, EditTiles())
-    assert torch.equal(edited.is_edited_E.cpu(), edited_E.int())
+    assert torch.equal(edited.where_E.cpu(), edited_E.int())
     assert torch.equal(edited.logits_EV.cpu()[edited_E], edited_EV[edited_E])
     tokens_E = make_sampler(GPU).sample(*on_gpu, sampling_on_gpu, all_greedy=False, features=tables, masks=masks_on_gpu)
     expected_E = TorchSampler().sample(*arguments, sampling, all_greedy=False, features=expected, masks=masks)

@@ -29,7 +29,7 @@ class TritonRunner(Runner):
         beside = triton_features.edit_logits(
             logits_SV, rows_S, positions_S, self.tables.features, masks, triton_features.EditTiles()
         )
-        return torch.where(beside.is_edited_E[:, None] != 0, beside.logits_EV, clean_logits(logits_SV))
+        return torch.where(beside.where_E[:, None] != 0, beside.logits_EV, clean_logits(logits_SV))
 
     def count(self, tokens_T: Tensor, token_rows_T: Tensor, positions_T: Tensor) -> None:
         triton_features.count_tokens(tokens_T, token_rows_T, positions_T, self.tables.features)

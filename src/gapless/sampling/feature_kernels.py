@@ -5,6 +5,8 @@
     edit_kernel   several programs per entry, a span of the vocabulary each: tile by tile with what concerns every
                   token, then, once these are stored, what the row's lists name within the span
 
+Entries without lists can be left to the sampler's first pass, which reads every logit anyway and edits it on its way.
+
 Programs leave at once where a row is plain. Nothing waits for the host, and nothing depends on the order of programs,
 so a captured graph serves any mix of rows. Edited logits go to a buffer in float32 beside the model's own.
 """
@@ -22,9 +24,11 @@ from gapless.kernels.dependent import follow
 from gapless.sampling import features, records
 from gapless.sampling.triton_math import load_tile
 
-ALLOWED, BANS, BIAS = tl.constexpr(features.ALLOWED), tl.constexpr(features.BANS), tl.constexpr(features.BIAS)
+ALLOWED = tl.constexpr(features.ALLOWED)
 BAD_WORDS, EDITS = tl.constexpr(features.BAD_WORDS), tl.constexpr(features.EDITS)
 MASKED, PENALTIES = tl.constexpr(features.MASKED), tl.constexpr(features.PENALTIES)
+LISTS = tl.constexpr(features.LISTS)
+AS_THEY_ARE, BESIDE, IN_PASSING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where an entry's logits are
 IN_PROMPT = tl.constexpr(features.IN_PROMPT)
 WORD_BITS = tl.constexpr(features.WORD_BITS)
 HISTORY = tl.constexpr(features.BAD_WORD_TOKENS)
@@ -145,6 +149,50 @@ def penalise(x, count, repetition, presence, frequency):
 
 
 @triton.jit
+def step_mask(flags, mask_index_ptr, entry, HAS_MASKS: tl.constexpr):
+    """Whether a mask of the step holds for the entry, and its line: below 0 where there is none."""
+    masked = (flags & MASKED) != 0
+    line = 0 * entry - 1
+    if HAS_MASKS:
+        line = tl.load(mask_index_ptr + entry)
+        masked = masked | (line >= 0)
+    return masked, line
+
+
+@triton.jit
+def edit(
+    x,
+    index,
+    row,
+    flags,
+    masked,
+    line,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    counts_ptr,
+    allowed_ptr,
+    mask_ptr,
+    masks,
+    VOCAB: tl.constexpr,
+):
+    """Logits of tokens after all edits but those of the row's lists; `line` of `masks` in the step."""
+    WORDS: tl.constexpr = (VOCAB + WORD_BITS - 1) // WORD_BITS
+    inside = index < VOCAB
+    if (flags & PENALTIES) != 0:
+        count = tl.load(counts_ptr + row * VOCAB + index, mask=inside, other=0)
+        repetition = tl.load(repetition_ptr + row)
+        x = penalise(x, count, repetition, tl.load(presence_ptr + row), tl.load(frequency_ptr + row))
+    if (flags & ALLOWED) != 0:
+        x = tl.where(allowed_bits(allowed_ptr + row * WORDS, index, inside), x, float("-inf"))
+    if masked:
+        there = (line >= 0) & (line < masks)
+        line_ptr = mask_ptr + tl.where(there, line, 0).to(tl.int64) * WORDS
+        x = tl.where(allowed_bits(line_ptr, index, index < tl.where(there, VOCAB, 0)), x, float("-inf"))
+    return x
+
+
+@triton.jit
 def add_biases(ids_ptr, count, edited_ptr, begin, end):
     """To the tokens from `begin` to before `end`."""
     for first in range(0, count, LIST_BLOCK):
@@ -186,43 +234,45 @@ def ban_bad_words(words_ptr, count, last_ptr, edited_ptr, position, begin, end):
 def edit_kernel(
     logits_ptr,
     logits_stride,
+    edited_ptr,
+    where_ptr,
     rows_ptr,
-    positions_ptr,
     flags_ptr,
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
     counts_ptr,
-    last_ptr,
-    record_ptr,
     allowed_ptr,
     mask_ptr,
     mask_index_ptr,
     masks,
-    edited_ptr,
-    is_edited_ptr,
+    positions_ptr,
+    last_ptr,
+    record_ptr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
     HAS_MASKS: tl.constexpr,
+    LISTS_ONLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """All edits of an entry. LISTS_ONLY leaves entries without lists to who reads them, and says so."""
     follow(DEPENDENT)
     entry = tl.program_id(0)
     part = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     flags = tl.load(flags_ptr + row)
-    masked = (flags & MASKED) != 0
-    mask_index = 0 * entry - 1
-    if HAS_MASKS:
-        mask_index = tl.load(mask_index_ptr + entry)
-        masked = masked | (mask_index >= 0)
+    masked, line = step_mask(flags, mask_index_ptr, entry, HAS_MASKS)
     edits = ((flags & EDITS) != 0) | masked
+    here = edits
+    where = tl.where(edits, BESIDE, AS_THEY_ARE)
+    if LISTS_ONLY:
+        here = (flags & LISTS) != 0
+        where = tl.where(edits & (here == 0), IN_PASSING, where)
     if part == 0:
-        tl.store(is_edited_ptr + entry, edits.to(tl.int32))
-    if edits:
+        tl.store(where_ptr + entry, where)
+    if here:
         SHARES: tl.constexpr = (VOCAB + BLOCK - 1) // BLOCK
-        WORDS: tl.constexpr = (VOCAB + WORD_BITS - 1) // WORD_BITS
         row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
         edited_ptr += entry.to(tl.int64) * VOCAB
         span = tl.cdiv(SHARES, tl.num_programs(1))
@@ -230,20 +280,24 @@ def edit_kernel(
         last = tl.minimum(first + span, SHARES)
         for tile in range(first, last):
             index = tile * BLOCK + tl.arange(0, BLOCK)
-            inside = index < VOCAB
-            x = load_tile((row_ptr,), tile, VOCAB, BLOCK, LARGEST)
-            if (flags & PENALTIES) != 0:
-                count = tl.load(counts_ptr + row * VOCAB + index, mask=inside, other=0)
-                repetition = tl.load(repetition_ptr + row)
-                x = penalise(x, count, repetition, tl.load(presence_ptr + row), tl.load(frequency_ptr + row))
-            if (flags & ALLOWED) != 0:
-                x = tl.where(allowed_bits(allowed_ptr + row * WORDS, index, inside), x, float("-inf"))
-            if masked:
-                there = (mask_index >= 0) & (mask_index < masks)
-                line_ptr = mask_ptr + tl.where(there, mask_index, 0).to(tl.int64) * WORDS
-                x = tl.where(allowed_bits(line_ptr, index, index < tl.where(there, VOCAB, 0)), x, float("-inf"))
-            tl.store(edited_ptr + index, x, mask=inside)
-        if (flags & (BIAS | BANS | BAD_WORDS)) != 0:
+            x = edit(
+                load_tile((row_ptr,), tile, VOCAB, BLOCK, LARGEST),
+                index,
+                row,
+                flags,
+                masked,
+                line,
+                repetition_ptr,
+                presence_ptr,
+                frequency_ptr,
+                counts_ptr,
+                allowed_ptr,
+                mask_ptr,
+                masks,
+                VOCAB,
+            )
+            tl.store(edited_ptr + index, x, mask=index < VOCAB)
+        if (flags & LISTS) != 0:
             begin = first * BLOCK
             end = tl.minimum(last * BLOCK, VOCAB)
             record_ptr += row * RECORD_SIZE

@@ -17,14 +17,31 @@ from gapless.sampling.features import FeatureTables, StepMasks, mask_words
 _kernels: Any = feature_kernels  # Triton's functions are launched with values where their signatures say constexpr
 TAKE_BLOCK, TAKE_PARTS = 1024, 16
 COUNT_BLOCK = 128
+EDIT_ARGUMENTS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class EditedLogits:
     """What stands beside the model's logits."""
 
-    logits_EV: Tensor  # float32, contiguous; undefined for entries that are not edited
-    is_edited_E: Tensor  # int32: 1 where the entry is sampled from here
+    logits_EV: Tensor  # float32, contiguous; undefined for entries that are not here
+    where_E: Tensor  # int32: 0 what the model gave, 1 here, 2 what the model gave, still to be edited
+    arguments: tuple[Any, ...]  # of a kernel that edits, behind the rows
+
+
+def edit_arguments(tables: FeatureTables, masks: StepMasks | None, rows_E: Tensor) -> tuple[Any, ...]:
+    """What feature_kernels.edit looks at."""
+    return (
+        tables.flags_R,
+        tables.repetition_R,
+        tables.presence_R,
+        tables.frequency_R,
+        tables.counts_RV,
+        tables.allowed_RW,
+        tables.allowed_RW if masks is None else masks.mask_MW,
+        rows_E if masks is None else masks.index_E,
+        0 if masks is None else len(masks.mask_MW),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +49,7 @@ class EditTiles:
     """How the work of edit_kernel is cut up."""
 
     block: int = 2048  # logits of a tile; a power of two
-    programs: int = 4096  # for a whole batch; each entry has at least one
+    programs: int = 512  # for a whole batch; each entry has at least one
     warps: int = 4
 
 
@@ -90,38 +107,37 @@ def edit_logits(
     tables: FeatureTables,
     masks: StepMasks | None,
     tiles: EditTiles,
+    *,
+    lists_only: bool = False,
 ) -> EditedLogits:
-    """The edited logits of the entries that have some; see Sampler.sample for the arguments. Safe under graphs."""
+    """The edited logits of the entries that have some; see Sampler.sample for the arguments. Safe under graphs.
+
+    lists_only leaves entries whose edits come from no list to whoever reads them next: where_E says 2.
+    """
     entries, vocab = logits_EV.shape
     if vocab != tables.vocab or (masks is not None and masks.mask_MW.shape[1] != mask_words(vocab)):
         raise InternalError(f"logits over {vocab} tokens do not fit tables for {tables.vocab}, or the masks")
     edited = EditedLogits(
         torch.empty(entries, vocab, dtype=torch.float32, device=logits_EV.device),
         torch.empty(entries, dtype=torch.int32, device=logits_EV.device),
+        edit_arguments(tables, masks, rows_E),
     )
     parts = min(triton.cdiv(vocab, tiles.block), max(1, tiles.programs // entries))
     _kernels.edit_kernel[(entries, parts)](
         logits_EV,
         logits_EV.stride(0),
+        edited.logits_EV,
+        edited.where_E,
         rows_E,
+        *edited.arguments,
         positions_E,
-        tables.flags_R,
-        tables.repetition_R,
-        tables.presence_R,
-        tables.frequency_R,
-        tables.counts_RV,
         tables.last_RH,
         tables.record_RX,
-        tables.allowed_RW,
-        tables.allowed_RW if masks is None else masks.mask_MW,
-        rows_E if masks is None else masks.index_E,
-        0 if masks is None else len(masks.mask_MW),
-        edited.logits_EV,
-        edited.is_edited_E,
         VOCAB=vocab,
         BLOCK=tiles.block,
         LARGEST=torch.finfo(logits_EV.dtype).max,
         HAS_MASKS=masks is not None,
+        LISTS_ONLY=lists_only,
         num_warps=tiles.warps,
         enable_fp_fusion=False,
         **dependent_launch(),

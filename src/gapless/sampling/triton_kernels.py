@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 
 from gapless.kernels.dependent import follow
+from gapless.sampling.feature_kernels import BESIDE, IN_PASSING, edit, step_mask
 from gapless.sampling.triton_math import (
+    FLOAT32_LARGEST,
     MASS_RANGE,
     MASS_SCALE,
     MIN_TEMPERATURE,
+    clean,
     float_of,
     image,
     load_logits,
@@ -57,13 +60,22 @@ def is_filtered(temperature, top_k, top_p, VOCAB: tl.constexpr):
     return (temperature > 0.0) & (filters_by_count(top_k, VOCAB) | (top_p < 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["masks"])
 def extremes_kernel(
     logits_ptr,
     logits_stride,
     edited_ptr,
-    is_edited_ptr,
+    where_ptr,
     rows_ptr,
+    flags_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    counts_ptr,
+    allowed_ptr,
+    mask_ptr,
+    mask_index_ptr,
+    masks,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -77,11 +89,13 @@ def extremes_kernel(
     SEGMENT: tl.constexpr,
     LARGEST: tl.constexpr,
     EDITED: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Largest logit of a share of the row and the first index that has it; a splitter where the row has filters.
 
-    A share is every so-manieth segment of the row, so that each looks like the whole.
+    A share is every so-manieth segment of the row, so that each looks like the whole. Logits that wait for their edits
+    get them here, and are stored for the other kernels where these will look at them.
     """
     follow(DEPENDENT)
     entry = tl.program_id(0)
@@ -92,8 +106,35 @@ def extremes_kernel(
     filtered = is_filtered(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), VOCAB)
     place = tl.arange(0, BLOCK)
     index = (place // SEGMENT * SHARES + share) * SEGMENT + place % SEGMENT
-    source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
-    x = load_logits(source, index, index < VOCAB, LARGEST)
+    if EDITED:
+        where = tl.load(where_ptr + entry)
+        row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
+        edited_ptr += entry.to(tl.int64) * VOCAB
+        x = load_logits((row_ptr, edited_ptr, where == BESIDE), index, index < VOCAB, LARGEST)
+        if where == IN_PASSING:
+            flags = tl.load(flags_ptr + row)
+            masked, line = step_mask(flags, mask_index_ptr, entry, HAS_MASKS)
+            x = edit(
+                x,
+                index,
+                row,
+                flags,
+                masked,
+                line,
+                repetition_ptr,
+                presence_ptr,
+                frequency_ptr,
+                counts_ptr,
+                allowed_ptr,
+                mask_ptr,
+                masks,
+                VOCAB,
+            )
+            x = clean(x, FLOAT32_LARGEST)
+            if temperature > 0.0:
+                tl.store(edited_ptr + index, x, mask=index < VOCAB)
+    else:
+        x = load_logits((logits_ptr + entry.to(tl.int64) * logits_stride,), index, index < VOCAB, LARGEST)
     best = tl.max(x, axis=0)
     tl.store(best_ptr + entry * TILES + share, best)
     tl.store(token_ptr + entry * TILES + share, tl.min(tl.where(x == best, index, VOCAB), axis=0))
@@ -110,7 +151,7 @@ def survey_kernel(
     logits_ptr,
     logits_stride,
     edited_ptr,
-    is_edited_ptr,
+    where_ptr,
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -137,7 +178,7 @@ def survey_kernel(
     row = tl.load(rows_ptr + entry).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0.0:
-        source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
+        source = row_source(logits_ptr, logits_stride, edited_ptr, where_ptr, entry, VOCAB, EDITED)
         best_T = load_tiles(best_ptr + entry * TILES, float("-inf"), VOCAB, BLOCK, TILES)
         top_k = tl.load(top_k_ptr + row)
         inverse_temperature = tl.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
@@ -170,7 +211,7 @@ def choose_kernel(
     logits_ptr,
     logits_stride,
     edited_ptr,
-    is_edited_ptr,
+    where_ptr,
     rows_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -208,7 +249,7 @@ def choose_kernel(
     parts = tl.num_programs(1)
     SHARES: tl.constexpr = (VOCAB + BLOCK - 1) // BLOCK
     row = tl.load(rows_ptr + entry).to(tl.int64)
-    source = row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB, EDITED)
+    source = row_source(logits_ptr, logits_stride, edited_ptr, where_ptr, entry, VOCAB, EDITED)
     low_zero_bits = source_zero_bits(source, LOW_ZERO_BITS)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)

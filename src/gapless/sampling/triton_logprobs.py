@@ -1,4 +1,4 @@
-"""Logprobs as two Triton kernels, see logprobs.py for what: a program per line and tile, then one per line.
+"""Logprobs as two Triton kernels, see logprobs.py for what: some programs per line, tile by tile, then one per line.
 
 A line that asks for nothing costs two early exits. The kernels allocate only scratch and output and never wait, so
 they are safe under graphs. Ids and ranks are those of the reference; a logprob is within rounding of it.
@@ -19,16 +19,16 @@ from gapless.sampling.logprobs import Logprobs, check_lines
 
 _kernels: Any = logprob_kernels  # Triton's functions are launched with values where their signatures say constexpr
 MIN_BLOCK = 16
-KEYS = logprob_kernels.BEST.value
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobTiles:
     """How the work is cut up."""
 
-    block: int = 4096  # logits of a tile; a power of two
-    tile_warps: int = 8
-    merge_warps: int = 4
+    block: int = 2048  # logits of a tile; a power of two
+    programs: int = 2048  # for a whole batch; each line has at least one
+    tile_warps: int = 4
+    merge_warps: int = 8
 
     def constants(self, vocab: int) -> dict[str, int]:
         """What the kernels are compiled for: at least two tiles, since Triton 3.6 can not compile for one."""
@@ -53,13 +53,14 @@ def logprobs(
     tiles = tiles or LogprobTiles()
     constants = tiles.constants(vocab)
     padded = constants["TILES"]
-    largest_LT, total_LT = torch.empty(2, lines, padded, dtype=torch.float32, device=device)
+    best_LT = torch.empty(lines, padded, dtype=torch.int64, device=device)
+    total_LT = torch.empty(lines, padded, dtype=torch.float32, device=device)
     ahead_LT = torch.empty(lines, padded, dtype=torch.int32, device=device)
-    keys_LTB = torch.empty(lines, padded, KEYS, dtype=torch.int64, device=device)
     asked = (lines_LV, lines_LV.stride(0), targets_L, wanted_L)
-    scratch = (largest_LT, total_LT, ahead_LT, keys_LTB)
+    scratch = (best_LT, total_LT, ahead_LT)
     options = {**constants, "LARGEST": torch.finfo(lines_LV.dtype).max, "enable_fp_fusion": False, **dependent_launch()}
-    _kernels.tile_logprobs_kernel[(lines, triton.cdiv(vocab, constants["BLOCK"]))](
+    parts = min(triton.cdiv(vocab, constants["BLOCK"]), max(1, tiles.programs // lines))
+    _kernels.tile_logprobs_kernel[(lines, parts)](
         *asked, *scratch, **options, num_warps=tiles.tile_warps
     )
     _kernels.merge_logprobs_kernel[(lines,)](

@@ -58,11 +58,11 @@ def scale(u1, u0, total):
 
 
 @triton.jit
-def row_source(logits_ptr, logits_stride, edited_ptr, is_edited_ptr, entry, VOCAB: tl.constexpr, EDITED: tl.constexpr):
+def row_source(logits_ptr, logits_stride, edited_ptr, where_ptr, entry, VOCAB: tl.constexpr, EDITED: tl.constexpr):
     """Where a row's logits are: the model's own; and where some are edited, those in fp32, and whether to take them."""
     row_ptr = logits_ptr + entry.to(tl.int64) * logits_stride
     if EDITED:
-        source = (row_ptr, edited_ptr + entry.to(tl.int64) * VOCAB, tl.load(is_edited_ptr + entry) != 0)
+        source = (row_ptr, edited_ptr + entry.to(tl.int64) * VOCAB, tl.load(where_ptr + entry) != 0)
     else:
         source = (row_ptr,)
     return source

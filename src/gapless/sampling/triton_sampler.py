@@ -16,8 +16,9 @@ never wait, so one captured graph serves any mix of parameters; programs that a 
 choose the same tokens as TorchSampler, bit for bit: masses are integers, weights are compiled without fused
 multiply-add, and the survey's rounded sums only say where to look. Needs only torch and Triton; NVIDIA and AMD.
 
-Where rows may have edits (features.py), edit_kernel comes first, and the three read each row's logits from where its
-flag says: the model's own, or the edited ones in fp32. Without features they are compiled without that question.
+Where rows may have edits (features.py), edit_kernel comes first for those that have lists; extremes_kernel makes the
+other edits while it reads, and a greedy row's are stored nowhere. The three read each row's logits from where its flag
+says: the model's own, or the edited ones in fp32. Without features they are compiled without that question.
 
 Splitters as in sample sort: Frazer, McKellar, "Samplesort", JACM 1970. E entries, T tiles of the vocabulary, rounded
 up to a power of two, C candidates.
@@ -36,7 +37,7 @@ from gapless.kernels.dependent import dependent_launch
 from gapless.sampling import triton_kernels, triton_search
 from gapless.sampling.base import SamplingTables, check_logits
 from gapless.sampling.features import FeatureTables, StepMasks
-from gapless.sampling.triton_features import EditTiles, edit_logits
+from gapless.sampling.triton_features import EDIT_ARGUMENTS, EditTiles, edit_logits
 
 _kernels: Any = triton_kernels  # Triton's functions are launched with values where their signatures say constexpr
 MIN_BLOCK = 16
@@ -114,10 +115,10 @@ class TritonSampler:
         ties_ET = torch.empty_like(token_ET)
         candidate_EC = torch.empty(entries, constants["CAPACITY"], dtype=torch.int32, device=device)
         progress_E2 = torch.empty(entries, 2, dtype=torch.int32, device=device)
-        edited = (None, None)
+        edited, edits = (None, None), (None,) * EDIT_ARGUMENTS
         if features is not None:
-            beside = edit_logits(logits_EV, rows_E, positions_E, features, masks, self.edit_tiles)
-            edited = (beside.logits_EV, beside.is_edited_E)
+            beside = edit_logits(logits_EV, rows_E, positions_E, features, masks, self.edit_tiles, lists_only=True)
+            edited, edits = (beside.logits_EV, beside.where_E), beside.arguments
         logits = (logits_EV, logits_EV.stride(0), *edited)
         filters = (tables.temperature_R, tables.top_k_R, tables.top_p_R)
         options: dict[str, Any] = {"LARGEST": torch.finfo(logits_EV.dtype).max, "EDITED": features is not None}
@@ -129,6 +130,7 @@ class TritonSampler:
         _kernels.extremes_kernel[(entries, tiles)](
             *logits,
             rows_E,
+            *edits,
             *filters,
             best_ET,
             token_ET,
@@ -136,6 +138,7 @@ class TritonSampler:
             progress_E2,
             **shape("SEGMENT"),
             **options,
+            HAS_MASKS=masks is not None,
             num_warps=fitted.tile_warps,
         )
         _kernels.survey_kernel[(entries, tiles)](
