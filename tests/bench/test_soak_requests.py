@@ -14,18 +14,22 @@ from gapless.outcome import Committed
 from support.effort import effort
 
 
-def grown(report: RequestReport) -> dict[str, float]:
+def grown(report: RequestReport, allowed: dict[str, int] = ALLOWED) -> dict[str, float]:
     """What there is more of at the end than at the start, beyond what is allowed."""
-    growth = {field: report.growth(field) for field in ALLOWED}
-    return {field: more for field, more in growth.items() if more > ALLOWED[field]}
+    growth = {field: report.growth(field) for field in allowed}
+    return {field: more for field, more in growth.items() if more > allowed[field]}
+
+
+# What the first thousands of steps bring, once: layouts of shapes that nobody met before. One object a step: 6,000.
+ALLOWED_AT_FIRST = {"objects": 1_000, "blocks": 3_000, "tensor_bytes": 0, "pinned_bytes": 0}
 
 
 @pytest.mark.slow
 def test_a_long_run_through_the_whole_path_leaves_nothing_behind():
     steps = effort(8_000, 40_000)
-    report = RequestSoak(rows=32, lookahead=1).run(steps)
+    report = RequestSoak(rows=32, lookahead=1).run(steps, windows=4)  # after one more to warm up
     assert report.stats.steps >= steps
-    assert not grown(report)
+    assert not grown(report, ALLOWED_AT_FIRST)
     assert not any(window.left or window.cyclic for window in report.windows)
 
 

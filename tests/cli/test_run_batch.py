@@ -70,7 +70,7 @@ def test_each_request_gets_what_the_server_would_answer(argv: list[str], gapless
 def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_line(
     argv: list[str], gapless: Callable[..., Ran], spawn: Spawn, tmp_path: Path
 ):
-    lines = [request(f"r{n}", max_tokens=150 + n, temperature=1) for n in range(40)]
+    lines = [request(f"r{n}", max_tokens=60 + n, temperature=1) for n in range(40)]
     lines[7]["body"]["top_p"] = 2
     write(tmp_path / "in", lines)
     whole = gapless(*argv, "-o", str(tmp_path / "whole"))

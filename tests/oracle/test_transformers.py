@@ -59,7 +59,7 @@ def prompts(llm: LLM) -> list[list[int]]:
 def test_greedy_tokens_equal_those_of_transformers(
     llm: LLM, prompts: list[list[int]], reference: Reference, capsys: pytest.CaptureFixture[str]
 ):
-    some, tokens = (prompts, NEW_TOKENS) if THOROUGH else (prompts[::6], FEWER_TOKENS)
+    some, tokens = (prompts, NEW_TOKENS) if THOROUGH else (prompts[::8], FEWER_TOKENS)
     expected = reference.answers(some, tokens)
     for lookahead in LOOKAHEADS:
         report = check(llm, lookahead, some, reference, expected, tokens)
