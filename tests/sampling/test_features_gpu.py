@@ -78,7 +78,8 @@ def test_the_gpu_gives_the_logprobs_of_the_reference(vocab: int):
         ids, ranks, values = answers(found)
         assert torch.equal(ids, expected_ids)
         assert torch.equal(ranks, expected_ranks)
-        torch.testing.assert_close(values, expected, rtol=1e-6, atol=2e-5)
+        # the reference's own sum of 128,256 terms strays by 2.2e-5 from one in float64
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=5e-5)
 
 
 def test_one_captured_graph_serves_any_mix_of_features():

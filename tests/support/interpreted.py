@@ -1,7 +1,7 @@
-"""Triton's interpreter, without looking for its builtins anew at each call of a device function: that was half its time.
+"""Triton's interpreter, without looking for its builtins anew at each call of a device function: half of its time.
 
-Call after TRITON_INTERPRET is set and before a kernel runs. It changes a private function of Triton 3.8, and nothing where
-there is none.
+Call after TRITON_INTERPRET is set and before a kernel runs. It changes a private function of Triton 3.8, and nothing
+where there is none.
 """
 
 from __future__ import annotations
