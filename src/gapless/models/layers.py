@@ -20,6 +20,9 @@ from gapless.kernels.normed import LayerMaps, Normed
 from gapless.models.rope import rotate
 
 PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; other sizes run about as fast
+# For every number of tokens that a packed map meets oneDNN keeps half a MiB and more, for ever: 2 GiB after steps of 1 to
+# 512 tokens. So a product takes so many at a time that there are few such numbers.
+LARGEST_PRODUCT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,24 @@ class Linear:
             return self
         weight_OI: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI, PACK_ROWS_HINT)
         return Linear(weight_OI, self.bias_O)
+
+
+def product_tokens(tokens: int) -> int:
+    """How many tokens a product with packed weights takes for so many: up to an eighth more, eight sizes an octave."""
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def packed_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b with packed weights."""
+    multiply = torch.ops.mkldnn._linear_pointwise
+    tokens = len(x_TI)
+    last = product_tokens(tokens % LARGEST_PRODUCT)
+    padded_TI = functional.pad(x_TI, (0, 0, 0, tokens // LARGEST_PRODUCT * LARGEST_PRODUCT + last - tokens))
+    if len(padded_TI) <= LARGEST_PRODUCT:
+        return multiply(padded_TI, weight_OI, bias_O, "none", [], "")[:tokens]
+    parts_TI = padded_TI.split(LARGEST_PRODUCT)
+    return torch.cat([multiply(part_TI, weight_OI, bias_O, "none", [], "") for part_TI in parts_TI])[:tokens]
 
 
 def _packs(dtype: torch.dtype) -> bool:
@@ -132,7 +153,7 @@ class TorchOps:
 
     def linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         if weight_OI.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x.x_TH, weight_OI, bias_O, "none", [], "")
+            return packed_linear(x.x_TH, weight_OI, bias_O)
         return functional.linear(x.x_TH, weight_OI, bias_O)
 
     def gated_linear(self, x: Normed, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

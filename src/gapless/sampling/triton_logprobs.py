@@ -60,9 +60,7 @@ def logprobs(
     scratch = (best_LT, total_LT, ahead_LT)
     options = {**constants, "LARGEST": torch.finfo(lines_LV.dtype).max, "enable_fp_fusion": False, **dependent_launch()}
     parts = min(triton.cdiv(vocab, constants["BLOCK"]), max(1, tiles.programs // lines))
-    _kernels.tile_logprobs_kernel[(lines, parts)](
-        *asked, *scratch, **options, num_warps=tiles.tile_warps
-    )
+    _kernels.tile_logprobs_kernel[(lines, parts)](*asked, *scratch, **options, num_warps=tiles.tile_warps)
     _kernels.merge_logprobs_kernel[(lines,)](
         *asked, *scratch, out.ids_LK, out.logprobs_LK, out.ranks_L, **options, num_warps=tiles.merge_warps
     )
