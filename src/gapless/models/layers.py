@@ -20,8 +20,8 @@ from gapless.kernels.normed import LayerMaps, Normed
 from gapless.models.rope import rotate
 
 PACK_ROWS_HINT = 256  # batch rows that oneDNN lays packed weights out for; other sizes run about as fast
-# For every number of tokens that a packed map meets oneDNN keeps half a MiB and more, for ever: 2 GiB after steps of 1 to
-# 512 tokens. So a product takes so many at a time that there are few such numbers.
+# For every number of tokens that a packed map meets oneDNN keeps half a MiB and more, for ever: 2 GiB after steps of
+# 1 to 512 tokens. So a product takes so many at a time that there are few such numbers.
 LARGEST_PRODUCT = 1024
 
 
