@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cli.conftest import Ran
+from gapless.server.batch import only_run
 from support.waiting import eventually
 
 Spawn = Callable[[Sequence[str]], "subprocess.Popen[str]"]
@@ -103,6 +104,17 @@ def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_line(
     again = gapless(*argv, "--resume")
     assert again.status == 1
     assert "nothing to add" in again.err
+
+
+def test_two_runs_do_not_write_to_one_output(argv: list[str], gapless: Callable[..., Ran], tmp_path: Path):
+    write(tmp_path / "in", [request("one")])
+    with only_run(tmp_path / "out"):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            ran = gapless(*argv, *more)
+            assert ran.status == 2
+            assert "another run is writing to" in ran.err
+    assert not (tmp_path / "out").exists()
+    assert gapless(*argv).status == 0
 
 
 def test_a_file_that_is_no_batch_is_refused_before_the_model_is_loaded(gapless: Callable[..., Ran], tmp_path: Path):

@@ -263,6 +263,23 @@ def test_what_is_wrong_is_said_before_or_when_the_model_is_loaded(gapless: Calla
         assert text in ran.err, argv
 
 
+@pytest.mark.parametrize("key", ["", "  "])
+def test_an_empty_key_in_the_environment_opens_nothing(
+    gapless: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, key: str
+):
+    monkeypatch.setenv("GAPLESS_API_KEY", key)
+    ran = gapless("serve", "--port", "0")
+    assert ran.status == 2
+    assert "GAPLESS_API_KEY is empty" in ran.err
+
+
+def test_a_server_that_lets_everybody_in_says_so(gapless: Callable[..., Ran], tmp_path: Path):
+    argv = ["serve", "--model", str(tmp_path / "none"), "--port", "0", "--host"]
+    assert "whoever reaches 0.0.0.0 is let in" in gapless(*argv, "0.0.0.0").err
+    assert "let in" not in gapless(*argv, "127.0.0.1").err
+    assert "let in" not in gapless(*argv, "0.0.0.0", "--api-key", "a-key").err
+
+
 def test_a_port_that_is_taken_is_said_at_once(gapless: Callable[..., Ran]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ran = gapless("serve", "--port", str(taken.getsockname()[1]))

@@ -179,6 +179,52 @@ def test_more_requests_than_may_be_open_get_429(tiny_server: RunningServer):
     assert tiny_server.context.open == 0
 
 
+def test_each_answer_to_a_prompt_counts_as_open(tiny_server: RunningServer):
+    answer = httpx.post(f"{tiny_server.url}/v1/completions", json={**PROMPT, "prompt": ["a"] * 2, "n": 4})
+    assert answer.status_code == 400
+    assert "6 answers" in answer.json()["error"]["message"]
+    tiny_server.context.open = 4
+    try:
+        answer = httpx.post(f"{tiny_server.url}/v1/completions", json={**PROMPT, "n": 3})
+    finally:
+        tiny_server.context.open = 0
+    assert answer.status_code == 429
+    assert tiny_server.context.open == 0
+
+
+MANY = [[]] * 60_000
+LARGE_CHATS: dict[str, dict[str, Any]] = {
+    "documents": {"chat_template_kwargs": {"documents": MANY}},
+    "keys": {"chat_template_kwargs": {"documents": {str(number): 0 for number in range(30_000)}}},
+    "tool": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": MANY}}}]},
+    "messages": {"messages": [{"role": "user", "content": "", "name": "a", "b": 1}] * 8_000},
+    "arguments": {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": json.dumps({"a": MANY})}}],
+            },
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/v1/responses"])
+@pytest.mark.parametrize("what", LARGE_CHATS)
+def test_a_chat_of_more_values_than_a_template_can_read_gets_400(demo_server: RunningServer, path: str, what: str):
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], **LARGE_CHATS[what]}
+    if path == "/v1/responses":
+        body["input"] = body.pop("messages")
+        if what in ("arguments", "messages"):
+            pytest.skip("the items of a response bring a role and a text, and there are not so many")
+        if what == "tool":
+            body["tools"] = [{"type": "function", "name": "f", "parameters": {"enum": MANY}}]
+    answer = httpx.post(f"{demo_server.url}{path}", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text[:200]
+    assert "more than 50000 texts, numbers, lists and objects" in answer.json()["error"]["message"]
+
+
 def test_a_server_that_drains_takes_nothing_new_and_says_so(tiny_server: RunningServer):
     tiny_server.context.draining = True
     try:

@@ -49,6 +49,8 @@ def locked_server() -> Iterator[RunningServer]:
         ({"authorization": "Bearer first-key2"}, 401),
         ({"authorization": "Basic first-key"}, 401),
         ({"authorization": "Bearer"}, 401),
+        ({"authorization": b"Bearer \xa0first-key"}, 401),
+        ({"authorization": "Bearer \t first-key"}, 200),
         ({"x-api-key": "nöpe".encode()}, 401),
     ],
     ids=str,
@@ -89,6 +91,14 @@ def test_the_host_header_opens_nothing(locked_server: RunningServer, host: str):
     assert status_of(raw_request(locked_server, "GET http://x/health/../v1/models HTTP/1.1\nHost: x\n")) in (401, 404)
 
 
+def test_a_page_that_may_call_may_send_the_headers_of_its_client(locked_server: RunningServer):
+    asked = "authorization,content-type,x-stainless-arch,x-stainless-retry-count"
+    headers = {"access-control-request-method": "POST", "access-control-request-headers": asked}
+    for origin, status in (("https://friend.example", 200), ("https://other.example", 400)):
+        answer = httpx.options(f"{locked_server.url}/v1/chat/completions", headers={"origin": origin, **headers})
+        assert answer.status_code == status
+
+
 def calls_of(dependant: Dependant) -> Iterator[object]:
     for each in dependant.dependencies:
         yield each.call
@@ -96,9 +106,11 @@ def calls_of(dependant: Dependant) -> Iterator[object]:
 
 
 def test_every_route_says_whether_it_needs_the_key(locked_server: RunningServer):
-    routes = [route for route in create_app(locked_server.context).routes if isinstance(route, APIRoute)]
+    routes: list[APIRoute] = []
     public: set[str] = set()
-    for route in routes:
+    for route in create_app(locked_server.context).routes:
+        assert isinstance(route, APIRoute), f"{route} can say nothing of a key"
+        routes.append(route)
         declared = {call for call in calls_of(route.dependant) if call in (needs_key, is_public)}
         assert len(declared) == 1, f"{route.path} does not say whether it needs the key"
         if is_public in declared:

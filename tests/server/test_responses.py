@@ -153,6 +153,8 @@ def test_a_json_schema_gives_the_form_of_the_text(client: openai.OpenAI, model: 
     ("body", "said"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"]}, "top_logprobs"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"n": 2}, "n:"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from gapless.config import EngineConfig
 from gapless.errors import EngineDeadError
 from gapless.server import supervisor
+from gapless.server.context import UnavailableError
 from gapless.server.supervisor import Supervisor, start_message
 
 START = start_message("none", EngineConfig(), load="auto", shape=None, tokenizer=None, timeline=0)
@@ -56,3 +59,20 @@ def test_one_that_is_closed_between_two_lives_starts_no_other(monkeypatch: pytes
     asyncio.run(main())
     assert lives == [True]
     assert not dead
+
+
+def test_what_a_dying_engine_says_of_itself_is_not_told_to_who_asks_how_it_stands():
+    async def main() -> None:
+        found = Supervisor(START)
+        answer: Future[Any] = Future()
+
+        def ask(*_: object) -> Future[Any]:
+            return answer
+
+        answer.set_exception(EngineDeadError("the engine failed: RuntimeError: /home/someone/x.py at 0x7f00"))
+        found._engine = SimpleNamespace(ask=ask)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        for asked in (found.stats, lambda: found.timeline(1), lambda: found.set_lookahead(0)):
+            with pytest.raises(UnavailableError, match=r"^the (model|engine)[a-z ]*$"):
+                await asked()
+
+    asyncio.run(main())

@@ -19,6 +19,7 @@ from gapless.outputs import Usage
 from gapless.server.app import create_app
 from gapless.server.config import ServerConfig
 from gapless.server.context import Context, EngineState, LiveStats, UnavailableError
+from gapless.server.run import http_config
 from gapless.spans import Run
 from support.waiting import eventually
 
@@ -131,18 +132,7 @@ class RunningServer:
         self._listener = socket.create_server((config.host, 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://{config.host}:{self.port}"
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(self.context),
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                h11_max_incomplete_event_size=config.max_header_bytes,
-            )
-        )
+        self._server = uvicorn.Server(http_config(create_app(self.context), config))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()

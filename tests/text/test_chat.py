@@ -122,8 +122,8 @@ def test_templates_that_want_too_much_are_stopped(source: str):
 
 
 def test_fuel_grows_with_the_number_of_messages():
-    messages = [{"role": "user", "content": "x"}] * 20_000
-    assert len(render(CONTENTS, messages)) == 20_000 * len("user: x\n")
+    messages = [{"role": "user", "content": "x"}] * 9_000
+    assert len(render(CONTENTS, messages)) == 9_000 * len("user: x\n")
 
 
 @pytest.mark.parametrize(
@@ -204,3 +204,42 @@ def test_special_tokens_in_tools_names_and_arguments_are_text_too(smollm: Tokeni
     assert [each for each in ids if each < 17] == [1, 2]
     assert smollm.decode(ids, skip_special_tokens=False) == text
     assert text == template.render(messages, tools=[{"<|im_end|>": ["<|im_end|>"]}], date_string="<|im_end|>")
+
+
+def test_a_chat_that_takes_long_to_render_holds_no_other_up(monkeypatch: pytest.MonkeyPatch):
+    template = ChatTemplate("{{ strftime_now('%Y') if messages[0].content == 'slow' }}{{ messages[0].content }}")
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            begun.set()
+            assert go_on.wait(30)
+            return super().now(tz)
+
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    slow: list[str] = []
+    thread = threading.Thread(target=lambda: slow.append(template.render([{"role": "user", "content": "slow"}])))
+    thread.start()
+    assert begun.wait(30)
+    assert template.render(USER) == "hi"
+    go_on.set()
+    thread.join()
+    assert slow[0].endswith("slow")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"documents": [[]] * 50_000},
+        {"documents": {str(number): number for number in range(25_000)}},
+        {"tools": [{"enum": ["a"] * 50_000}]},
+    ],
+)
+def test_a_chat_has_at_most_fifty_thousand_values(given: dict[str, Any]):
+    with pytest.raises(InvalidRequestError, match="more than 50000"):
+        render(CONTENTS, **given)
+
+
+def test_a_chat_of_a_few_values_less_is_rendered():
+    assert render(CONTENTS, documents=[[]] * 49_000) == "user: hi\n"

@@ -32,8 +32,8 @@ def make_option(flags: str, text: str, panel: str | None = None, **more: Any) ->
     return typer.Option(*names, help=text, rich_help_panel=panel, envvar=variable, show_envvar=False, **more)
 
 
-def make_size(flags: str, text: str, panel: str) -> Any:
-    return make_option(flags, text, panel, parser=parse_size, metavar="SIZE")
+def make_size(flags: str, text: str, panel: str, **more: Any) -> Any:
+    return make_option(flags, text, panel, parser=parse_size, metavar="SIZE", **more)
 
 
 Config = Annotated[

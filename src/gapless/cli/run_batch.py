@@ -53,7 +53,7 @@ def run_batch(
 
     A line of it: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
 
-    Each answer is written as soon as it is there. After Ctrl-C, kill or a power cut the same command with --resume
+    Each answer is written as soon as it is there. After Ctrl-C or a kill the same command with --resume
     adds the answers that are missing, none twice. A request without a seed gets one that follows from its custom_id.
     The whole file is checked before the model is loaded. The status is 1 if some lines failed.
     """
@@ -75,32 +75,35 @@ def run_batch(
     )
     wrong = errors or output.with_name(f"{output.name}.errors")
     _check(source, output, wrong, resume=resume, overwrite=overwrite)
-    from gapless.server.batch import Answered, Batch, read_answered, read_batch
+    from gapless.server.batch import Answered, Batch, only_run, read_answered, read_batch
     from gapless.server.supervisor import start_message
 
-    answered = read_answered(output, wrong) if resume else Answered()
-    ids = {line.custom_id for line in read_batch(source)}
-    if not answered.ids <= ids:
-        raise ConfigError(f"--resume: {output} has answers to requests that {source} does not have")
-    if answered.ids == ids:
-        warn(f"nothing to add: {len(ids)} of {len(ids)} lines are answered" if ids else "the input has no lines")
-        raise typer.Exit(1 if answered.failed else 0)
-    start = start_message(model, engine, load=load, shape=shape, tokenizer=tokenizer, timeline=0)
-    batch = Batch(source, output, wrong, answered=answered, total=len(ids), model_names=tuple(served_model_name or ()))
-    say(f"loading {shape or model} ...")
-    try:
-        with sigterm_leaves(lambda: f"terminated; {batch.progress()}"):
-            batch.run(start)
-    except KeyboardInterrupt:
-        leave_on_sigint()
-        warn(f"interrupted; {batch.progress()}")
-        raise typer.Exit(INTERRUPTED) from None
-    except OSError:  # such as a full disk; it names the file
-        warn(batch.progress())
-        raise
-    failed = f", {batch.failed} failed, in {wrong}" if batch.failed else ""
-    warn(f"{batch.done - batch.failed} of {batch.total} lines answered, in {output}{failed}")
-    raise typer.Exit(1 if batch.failed else 0)
+    with only_run(output):
+        answered = read_answered(output, wrong) if resume else Answered()
+        ids = {line.custom_id for line in read_batch(source)}
+        if not answered.ids <= ids:
+            raise ConfigError(f"--resume: {output} has answers to requests that {source} does not have")
+        if answered.ids == ids:
+            warn(f"nothing to add: {len(ids)} of {len(ids)} lines are answered" if ids else "the input has no lines")
+            raise typer.Exit(1 if answered.failed else 0)
+        start = start_message(model, engine, load=load, shape=shape, tokenizer=tokenizer, timeline=0)
+        batch = Batch(
+            source, output, wrong, answered=answered, total=len(ids), model_names=tuple(served_model_name or ())
+        )
+        say(f"loading {shape or model} ...")
+        try:
+            with sigterm_leaves(lambda: f"terminated; {batch.progress()}"):
+                batch.run(start)
+        except KeyboardInterrupt:
+            leave_on_sigint()
+            warn(f"interrupted; {batch.progress()}")
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError:  # such as a full disk; it names the file
+            warn(batch.progress())
+            raise
+        failed = f", {batch.failed} failed, in {wrong}" if batch.failed else ""
+        warn(f"{batch.done - batch.failed} of {batch.total} lines answered, in {output}{failed}")
+        raise typer.Exit(1 if batch.failed else 0)
 
 
 def _check(source: Path, output: Path, errors: Path, *, resume: bool, overwrite: bool) -> None:

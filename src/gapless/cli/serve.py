@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from typing import cast
 
 import typer
 
 from gapless.cli import options, server_options
-from gapless.cli.setup import make_config
+from gapless.cli.setup import make_config, warn
 from gapless.cli.signals import INTERRUPTED
 from gapless.config import STALL_SECONDS
+from gapless.errors import ConfigError
 
 TIMELINE_STEPS = 500
 
@@ -75,6 +78,10 @@ def serve(
         seed=seed,
         stall_seconds=stall_seconds,
     )
+    if not api_key and os.environ.get("GAPLESS_API_KEY") is not None:
+        raise ConfigError("GAPLESS_API_KEY is empty, which would let everybody in: set a key, or unset it")
+    if not api_key and not _is_loopback(host):
+        warn(f"without --api-key, whoever reaches {host} is let in")
     from gapless.server.config import LogFormat, ServerConfig
 
     server = ServerConfig(
@@ -105,3 +112,10 @@ def serve(
         run_server(start, server, listener, otlp_endpoint)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -36,9 +36,12 @@ RestartEngine = Annotated[
 ]
 
 MaxOpen = Annotated[
-    int, make_option("--max-open", "Requests open at once, waiting ones too; more are told 429.", _LIMITS)
+    int,
+    make_option(
+        "--max-open", "Answers open at once, waiting ones and all n of a prompt too; more are told 429.", _LIMITS
+    ),
 ]
-MaxBody = Annotated[int, make_size("--max-body", "The most bytes of a request's body, as 8M.", _LIMITS)]
+MaxBody = Annotated[int, make_size("--max-body", "The most bytes of a request's body.", _LIMITS, show_default="8M")]
 DrainSeconds = Annotated[
     float, make_option("--drain-seconds", "That running requests get to finish after SIGTERM.", _LIMITS)
 ]

@@ -16,11 +16,13 @@ _SCHEMAS = tuple(struct for each in (chat, completions, responses, tokenize, inf
 
 
 def create_app(context: Context) -> FastAPI:
-    """All that is served. Its schema is at /openapi.json; pages for it would load scripts from elsewhere."""
+    """All that is served. Its schema is at /openapi.json, in info.py, as it takes a key; pages for it would load
+    scripts from elsewhere."""
     app = FastAPI(
         title="Gapless",
         description="LLM inference with OpenAI's interface.",
         version=gapless.__version__,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -37,7 +39,7 @@ def create_app(context: Context) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(context.config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            allow_headers=["*"],  # clients in browsers send their own; nothing is let in by a cookie
             expose_headers=["retry-after", "x-request-id"],
         )
     return app

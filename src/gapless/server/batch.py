@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -247,10 +248,26 @@ def _error(message: str, param: str) -> dict[str, Any]:
 def _appending(path: Path, answered: Answered) -> Generator[BinaryIO]:
     """What is kept of a file, to be added to. Unbuffered: a line is written when it is there."""
     size = answered.sizes.get(path, 0)
-    with path.open("ab" if size else "wb", buffering=0) as file:
-        if size:
+    with path.open("ab", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > size:
             os.truncate(path, size)
         yield file
+
+
+@contextlib.contextmanager
+def only_run(output: Path) -> Generator[None]:
+    """No other run writes to the same output meanwhile. Raises ConfigError, OSError."""
+    is_new = not output.exists()
+    with output.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another run is writing to {output}") from error
+        try:
+            yield
+        finally:
+            if is_new and not output.stat().st_size:
+                output.unlink()
 
 
 def _write(file: BinaryIO, record: dict[str, Any]) -> None:

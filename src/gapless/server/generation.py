@@ -26,9 +26,11 @@ class Job:
     """The prompts of one HTTP request. To be ended by whole(), by watching() with next() in it, or by close()."""
 
     def __init__(self, request: Request, context: Context, count: int) -> None:
-        """For `count` prompts. Raises BusyError, UnavailableError, InvalidRequestError."""
+        """For `count` answers. Raises BusyError, UnavailableError, InvalidRequestError."""
         if count > context.config.max_open:
-            raise InvalidRequestError(f"this server takes {context.config.max_open} prompts at a time, not {count}")
+            raise InvalidRequestError(
+                f"this server gives {context.config.max_open} answers at a time, to all prompts together, not {count}"
+            )
         self._request = request
         self._context = context
         self.prepared: Sequence[Prepared] = ()
@@ -56,18 +58,20 @@ class Job:
         prepare: Callable[[Loaded], Sequence[Prepared]],
         *,
         count: int = 1,
+        rows: int = 1,
         stream: bool,
         has_form: bool,
         is_long: bool,
     ) -> Self:
         """Check the prompts and queue them.
 
-        prepare     makes `count` prompts; on a thread if that takes time: where a form is compiled, or much is read.
+        prepare     makes `count` prompts, for `rows` answers each; on a thread if that takes time: where a form is
+                    compiled, or much is read.
         stream      whether next() is to be called, else whole().
 
         Raises what prepare, AsyncLLM.submit() and Context raise, with nothing queued.
         """
-        job = cls(request, context, count)
+        job = cls(request, context, count * rows)
         try:
             llm = context.llm
             if has_form or is_long:

@@ -17,6 +17,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
+from fastapi import FastAPI
 
 from gapless.errors import ConfigError, EngineDeadError
 from gapless.server.answers import dialect_of, reasoning_tag_of
@@ -72,6 +73,26 @@ def serve(start: Start, config: ServerConfig, listener: socket.socket, otlp_endp
     asyncio.run(_Server(start, config, otlp_endpoint).run(listener))
 
 
+def http_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """How the application is served: what of HTTP reaches it, and what does not."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        h11_max_incomplete_event_size=config.max_header_bytes,
+        backlog=_BACKLOG,
+    )
+
+
 class _Server:
     def __init__(self, start: Start, config: ServerConfig, otlp_endpoint: str | None) -> None:
         self._start = start
@@ -90,24 +111,7 @@ class _Server:
         self._progress = ProgressLog(self.context, self.observer)
         self._asked = asyncio.Event()
         self._now = False
-        self._http = _Http(
-            uvicorn.Config(
-                create_app(self.context),
-                http="h11",
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-                h11_max_incomplete_event_size=config.max_header_bytes,
-                backlog=_BACKLOG,
-            )
-        )
+        self._http = _Http(http_config(create_app(self.context), config))
 
     async def run(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -225,8 +226,8 @@ class Supervisor:
         try:
             async with asyncio.timeout(_PATIENCE.get(what, ANSWER_SECONDS)):
                 return await asyncio.wrap_future(engine.ask(what, argument))
-        except EngineDeadError as error:
-            raise UnavailableError(str(error)) from error
+        except EngineDeadError as error:  # what it says of itself is for the log
+            raise UnavailableError(self._why) from error
         except TimeoutError:
             raise UnavailableError("the engine does not answer") from None
 
@@ -239,14 +240,25 @@ _WHY: dict[EngineState, str] = {
 }
 
 
+@lru_cache(maxsize=1)
+def _words(folder: Path, _changed: int) -> tuple[Tokenizer, ChatTemplate]:
+    """A tokenizer of our own, read once: an engine that comes after another has the same, if its files are. It takes a
+    second, in which no other thread runs. Raises ModelError."""
+    words = Tokenizer.from_folder(folder)
+    return words, ChatTemplate.of(words)
+
+
 def _loaded(wire: Wire, ready: Ready) -> Loaded:
-    """The engine behind this wire, with a tokenizer of our own. Raises ModelError."""
+    """The engine behind this wire. Raises ModelError."""
     admission = Admission(ready.limits, ModelFacts(ready.vocab_size, ready.eos_token_ids), ready.config.seed)
-    words = None if ready.tokenizer_folder is None else Tokenizer.from_folder(Path(ready.tokenizer_folder))
+    words = template = None
+    if ready.tokenizer_folder is not None:
+        folder = Path(ready.tokenizer_folder)
+        words, template = _words(folder, max((each.stat().st_mtime_ns for each in folder.iterdir()), default=0))
     return Loaded(
         engine=RemoteEngine(wire, admission),
         tokenizer=words,
-        chat_template=None if words is None else ChatTemplate.of(words),
+        chat_template=template,
         model_name=ready.model_name,
         device_name=ready.device_name,
         config=ready.config,

@@ -12,14 +12,13 @@ import datetime
 import itertools
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from minijinja import Environment, TemplateError
 
 from gapless.errors import InvalidRequestError
-from gapless.text.messages import FrozenDict, Message, check_messages, check_tools, freeze
+from gapless.text.messages import FrozenDict, Message, check_messages, check_tools, freeze, measure
 from gapless.text.stand_ins import StandIns, all_texts
 from gapless.text.tokenizer import Tokenizer
 
@@ -52,19 +51,24 @@ class ChatTemplate:
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
-        self._lock = threading.Lock()
-        self._environment = Environment(
+        self._free: list[Environment] = []  # each renders one chat at a time
+        self._broken: str | None = None
+        try:
+            self._free.append(self._make())
+        except TemplateError as error:
+            self._broken = _reason(error)
+
+    def _make(self) -> Environment:
+        """Raises TemplateError."""
+        environment = Environment(
             filters={"tojson": _tojson},
             globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
             trim_blocks=True,
             lstrip_blocks=True,
             debug=False,  # debug would put the chat's text into error messages
         )
-        self._broken: str | None = None
-        try:
-            self._environment.add_template(_NAME, _GENERATION_TAG.sub(_plain_tag, source or ""))
-        except TemplateError as error:
-            self._broken = _reason(error)
+        environment.add_template(_NAME, _GENERATION_TAG.sub(_plain_tag, self.source or ""))
+        return environment
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
@@ -129,18 +133,23 @@ class ChatTemplate:
         if self._broken is not None:
             raise InvalidRequestError(f"this model's chat template is not valid: {self._broken}")
         context = {**self._special_tokens, "documents": None, **data, "add_generation_prompt": add_generation_prompt}
-        with self._lock:
-            self._environment.fuel = _FUEL + _FUEL_PER_ITEM * (len(data["messages"]) + len(data["tools"] or ()))
-            try:
-                return self._environment.render_template(_NAME, **context)
-            except (InvalidRequestError, KeyboardInterrupt, SystemExit):
-                raise
-            except TemplateError as error:
-                if error.kind == "OutOfFuel":
-                    raise InvalidRequestError("the chat template took too many steps on this chat") from error
-                raise InvalidRequestError(f"the chat template failed on this chat: {_reason(error)}") from error
-            except BaseException as error:  # a panic inside of minijinja is no Exception
-                raise InvalidRequestError(f"the chat template failed on this chat ({type(error).__name__})") from error
+        try:  # another thread may take the last one between a look and a pop
+            environment = self._free.pop()
+        except IndexError:
+            environment = self._make()
+        environment.fuel = _FUEL + _FUEL_PER_ITEM * (len(data["messages"]) + len(data["tools"] or ()))
+        try:
+            return environment.render_template(_NAME, **context)
+        except (InvalidRequestError, KeyboardInterrupt, SystemExit):
+            raise
+        except TemplateError as error:
+            if error.kind == "OutOfFuel":
+                raise InvalidRequestError("the chat template took too many steps on this chat") from error
+            raise InvalidRequestError(f"the chat template failed on this chat: {_reason(error)}") from error
+        except BaseException as error:  # a panic inside of minijinja is no Exception
+            raise InvalidRequestError(f"the chat template failed on this chat ({type(error).__name__})") from error
+        finally:
+            self._free.append(environment)
 
 
 def _data(
@@ -150,7 +159,9 @@ def _data(
     if unknown := sorted(arguments.keys() - ALLOWED_ARGUMENTS):
         known = ", ".join(sorted(ALLOWED_ARGUMENTS))
         raise InvalidRequestError(f"unknown chat template argument {unknown[0]!r}; known: {known}")
-    return freeze({**arguments, "messages": check_messages(messages), "tools": check_tools(tools)}, str)
+    data = {**arguments, "messages": check_messages(messages), "tools": check_tools(tools)}
+    measure(data)
+    return freeze(data, str)
 
 
 def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 from gapless.errors import InvalidRequestError
@@ -14,6 +15,7 @@ Message = Mapping[str, object]
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 _TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 _DEEPEST = 64
+MOST_VALUES = 50_000
 
 
 def _refuse(*_: object, **__: object) -> NoReturn:
@@ -61,6 +63,34 @@ def check_tools(tools: Sequence[Mapping[str, object]] | None) -> list[Mapping[st
         if not isinstance(tool, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequestError(f"tools[{index}] must be an object")
     return list(tools) or None
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of JSON-like data: how many texts, numbers, lists, objects and keys, and the characters of all texts."""
+
+    values: int
+    characters: int
+
+
+def measure(*data: object) -> Size:
+    """Of all of it. Raises InvalidRequestError above MOST_VALUES: each takes a template some 10 us."""
+    values = characters = 0
+    left = list(data)
+    while left:
+        each = left.pop()
+        values += 1
+        if isinstance(each, str):
+            characters += len(each)
+        elif isinstance(each, Mapping | list | tuple):
+            parts = cast("Mapping[object, object] | Sequence[object]", each)
+            inside = len(parts) * (2 if isinstance(parts, Mapping) else 1)
+            if values + len(left) + inside > MOST_VALUES:
+                raise InvalidRequestError(f"the chat has more than {MOST_VALUES} texts, numbers, lists and objects")
+            left.extend(parts)
+            if isinstance(parts, Mapping):
+                left.extend(parts.values())
+    return Size(values, characters)
 
 
 def freeze(value: object, change: Callable[[str], str], depth: int = 0) -> Any:

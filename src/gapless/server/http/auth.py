@@ -41,8 +41,8 @@ async def is_public() -> None:
 def presented_key(request: Request) -> bytes | None:
     """The key that the request brings, known or not."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip().encode("latin-1")
+    if scheme.lower() == "bearer" and (key := key.strip(" \t")):
+        return key.encode("latin-1")
     given = request.headers.get("x-api-key")
     return given.encode("latin-1") if given else None
 

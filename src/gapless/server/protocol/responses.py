@@ -9,7 +9,7 @@ from pydantic import Field, WithJsonSchema
 
 from gapless.errors import InvalidRequestError
 from gapless.outputs import Usage
-from gapless.params import MAX_ID, SamplingParams
+from gapless.params import MAX_ID, MAX_LOGPROBS, SamplingParams
 from gapless.server.protocol.chat import MAX_MESSAGES, MAX_TOOLS
 from gapless.server.protocol.sampling import Body, SamplingFields, Schema, make_params
 
@@ -72,6 +72,8 @@ class ResponsesRequest(SamplingFields):
     reasoning: ReasoningOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    include: Annotated[list[str], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
@@ -85,6 +87,10 @@ class ResponsesRequest(SamplingFields):
                 raise InvalidRequestError(
                     f"{name} is not supported, as this server stores nothing: send all of the chat"
                 )
+        if self.top_logprobs or "message.output_text.logprobs" in (self.include or ()):
+            raise InvalidRequestError(
+                "top_logprobs is not supported here: /v1/chat/completions gives log probabilities"
+            )
         if self.background:
             raise InvalidRequestError("background is not supported, as this server stores nothing")
         if (self.n or 1) > 1:

@@ -30,7 +30,7 @@ from gapless.server.protocol.chat import (
 )
 from gapless.server.protocol.tools import plain
 from gapless.server.routes.chat_writer import ChatWriter
-from gapless.server.routes.common import LONG_TEXT, MANY_LOGPROBS, Head, check_length, model_of
+from gapless.server.routes.common import MANY_LOGPROBS, Head, check_length, is_long, model_of
 
 router = APIRouter(tags=["OpenAI"])
 SCHEMAS = (ChatCompletion,)
@@ -54,6 +54,7 @@ async def create_chat_completion(
     loaded = context.llm.loaded
     length = text_length(body.messages)
     check_length(length, loaded.engine.admission.limits.max_model_len, text=True)
+    long = is_long(body.messages, body.chat_template_kwargs, [plain(tool) for tool in body.tools or ()])
     plan = plan_of(body, loaded, context.config)
     params = body.params(plan.form)
     salt = cache_salt_of(request, context.config, body.cache_salt)
@@ -68,7 +69,7 @@ async def create_chat_completion(
         return [loaded.prepare({"prompt_token_ids": token_ids, "cache_salt": salt, "priority": priority}, exact)]
 
     job = await Job.start(
-        request, context, prepare, stream=bool(body.stream), has_form=params.has_form, is_long=length > LONG_TEXT
+        request, context, prepare, rows=params.n, stream=bool(body.stream), has_form=params.has_form, is_long=long
     )
     parsers = [plan.parser(rendered[0]) for _ in range(params.n)]
     writer = ChatWriter(head, body, parsers, loaded.tokenizer, job)

@@ -13,9 +13,11 @@ from gapless.server.http.errors import ApiError
 from gapless.server.http.sse import DONE, failure
 from gapless.server.protocol.answers import UsageBody
 from gapless.server.protocol.sampling import StreamOptions
+from gapless.text.messages import measure
 from gapless.text.tokenizer import Tokenizer
 
 LONG_TEXT = 16_384  # characters; a longer prompt is read on a thread
+MANY_VALUES = 1_000  # texts, numbers, lists and objects; a chat with more is read on a thread
 LONGEST_TOKEN = 256  # characters; no vocabulary has longer ones
 MANY_LOGPROBS = 4_096  # more are put together on a thread
 
@@ -39,6 +41,15 @@ def model_of(context: Context, asked: str | None) -> str:
     if asked not in names:
         raise ApiError(404, f"there is no model {asked!r} here: see /v1/models", code="model_not_found", param="model")
     return asked
+
+
+def is_long(*data: object) -> bool:
+    """Whether reading a chat, its tools and its template's arguments takes time.
+
+    Raises InvalidRequestError for too many values.
+    """
+    size = measure(*data)
+    return size.characters > LONG_TEXT or size.values > MANY_VALUES
 
 
 def check_length(size: int, limit: int, *, text: bool) -> None:

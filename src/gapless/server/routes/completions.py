@@ -69,6 +69,7 @@ async def create_completion(
         context,
         prepare,
         count=len(prompts),
+        rows=params.n,
         stream=bool(body.stream),
         has_form=params.has_form,
         is_long=len(prompts) > _FEW_PROMPTS or sum(map(len, prompts)) > LONG_TEXT,

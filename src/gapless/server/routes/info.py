@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
 
 import gapless
 from gapless.server.context import Context, UnavailableError
@@ -32,6 +33,13 @@ async def get_model(name: str, context: ServerContext) -> Response:
     return _json(_card(context, model_of(context, name)))
 
 
+@router.get("/openapi.json", dependencies=[Depends(needs_key)], include_in_schema=False)
+async def schema(request: Request) -> Response:
+    """Of the whole application."""
+    return JSONResponse(request.app.openapi())
+
+
+@router.head("/health", dependencies=[Depends(is_public)], include_in_schema=False)
 @router.get("/health", dependencies=[Depends(is_public)], responses=_HEALTH)
 async def health(context: ServerContext) -> Response:
     """200 while the engine starts or works, 503 when it has died, be it started again, or makes no progress."""
@@ -41,6 +49,7 @@ async def health(context: ServerContext) -> Response:
     return _json(Health("stalled", state), 503) if await _stalls(context) else _json(Health("ok", state))
 
 
+@router.head("/ready", dependencies=[Depends(is_public)], include_in_schema=False)
 @router.get("/ready", dependencies=[Depends(is_public)], responses=_HEALTH)
 async def ready(context: ServerContext) -> Response:
     """200 if requests are taken."""

@@ -20,7 +20,7 @@ from gapless.server.http.depends import RequestId, ServerContext
 from gapless.server.http.openapi import POST, responses
 from gapless.server.http.sse import EventStream
 from gapless.server.protocol.responses import ChosenTool, ResponseBody, ResponsesRequest, plain_tool
-from gapless.server.routes.common import LONG_TEXT, Head, check_length, model_of
+from gapless.server.routes.common import Head, check_length, is_long, model_of
 from gapless.server.routes.responses_input import messages_of
 from gapless.server.routes.responses_writer import ResponsesWriter
 from gapless.text.chat import ALLOWED_ARGUMENTS
@@ -45,6 +45,7 @@ async def create_response(
     messages = messages_of(body.input, body.instructions)
     length = sum(len(each["content"]) for each in messages)
     check_length(length, loaded.engine.admission.limits.max_model_len, text=True)
+    long = is_long(messages, body.chat_template_kwargs, [plain_tool(tool) for tool in body.tools or ()])
     plan = plan_of(body, loaded, context.config)
     plain = body.params(body.form())
     salt = cache_salt_of(request, context.config, body.cache_salt)
@@ -58,9 +59,7 @@ async def create_response(
         return [loaded.prepare({"prompt_token_ids": token_ids, "cache_salt": salt, "priority": priority}, params)]
 
     has_form = plan.has_form or plain.has_form
-    job = await Job.start(
-        request, context, prepare, stream=bool(body.stream), has_form=has_form, is_long=length > LONG_TEXT
-    )
+    job = await Job.start(request, context, prepare, stream=bool(body.stream), has_form=has_form, is_long=long)
     response = ResponseBody.begin(head.id, head.created, head.model, body)
     writer = ResponsesWriter(response, plan.parser(rendered[0]), loaded.tokenizer, job)
     if body.stream:

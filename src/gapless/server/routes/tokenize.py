@@ -18,7 +18,7 @@ from gapless.server.protocol.answers import Text, Tokens
 from gapless.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from gapless.server.protocol.tools import plain
 from gapless.server.routes.chat import render, text_length
-from gapless.server.routes.common import LONG_TEXT, check_length, model_of
+from gapless.server.routes.common import LONG_TEXT, check_length, is_long, model_of
 from gapless.server.token_texts import TokenTexts
 from gapless.text.tokenizer import Tokenizer
 
@@ -37,7 +37,8 @@ async def tokenize(
     loaded = context.llm.loaded
     length = len(body.prompt) if body.prompt is not None else text_length(body.messages or ())
     check_length(length, loaded.engine.admission.limits.max_model_len, text=True)
-    answer = await asyncio.to_thread(_tokens, body, loaded) if length > LONG_TEXT else _tokens(body, loaded)
+    long = is_long(body.prompt, body.messages, body.chat_template_kwargs, [plain(tool) for tool in body.tools or ()])
+    answer = await asyncio.to_thread(_tokens, body, loaded) if long else _tokens(body, loaded)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
