@@ -17,8 +17,12 @@ class ClientError(Exception):
     """A client failed, or got what it should not."""
 
 
+class NotInstalledError(ClientError):
+    """Its packages can not be had here."""
+
+
 def environment(name: str) -> Path:
-    """Its folder of programs, with what scripts/clients/NAME.txt lists."""
+    """Its folder of programs, with what scripts/clients/NAME.txt lists. Raises NotInstalledError."""
     folder, wanted = CLIENTS / name, (HERE / f"{name}.txt").read_text()
     stamp = folder / "installed.txt"
     if not stamp.exists() or stamp.read_text() != wanted:
@@ -26,7 +30,8 @@ def environment(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         for line in wanted.splitlines():  # one after the other: torch first, as the build that the index offers
-            subprocess.run([*pip, line], check=True, stderr=subprocess.DEVNULL)
+            if subprocess.run([*pip, line], stderr=subprocess.DEVNULL, check=False).returncode != 0:
+                raise NotInstalledError(f"pip can not install {line}")
         stamp.write_text(wanted)
     return folder / "bin"
 
