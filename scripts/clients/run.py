@@ -2,7 +2,7 @@
 
 python scripts/clients/run.py [--installable] [openai] [schemathesis] [lm-eval] [guidellm]      (all without a name)
 
-Prints a line for each, and ends with status 1 if one failed; with --installable one that pip can not install is left out.
+Prints a line for each, and ends with status 1 if one failed; with --installable what pip can not install is left out.
 docs/clients.md says what each of them checks.
 """
 

@@ -18,6 +18,7 @@ from gapless.sampling import (
     triton_features,
     triton_logprobs,
 )
+from gapless.sampling.features import StepMasks
 from gapless.sampling.records import RowFeatures
 from gapless.sampling.triton_features import EditTiles
 from gapless.sampling.triton_logprobs import LogprobTiles
@@ -111,6 +112,51 @@ def test_a_threshold_falls_between_edited_logits_that_the_type_of_the_others_can
     tokens_E = TritonSampler(SamplerTiles(block=32)).sample(*arguments, all_greedy=False, features=features)
     assert set(tokens_E.tolist()) <= {84, 86, 88}
     assert torch.equal(tokens_E, TorchSampler().sample(*arguments, all_greedy=False, features=features))
+
+
+FINE = [0, *(token for token in range(0, 60, 2) for _ in range(token // 2 + 1))]  # the larger, the more often
+OVERFLOW = torch.zeros(1, 90, dtype=torch.bfloat16).index_fill(1, torch.tensor([5, 6]), 3e38)
+
+
+@pytest.mark.parametrize(
+    ("row", "history", "logits_1V"),
+    [
+        (RowFeatures(prompt_len=1, frequency=-1e-4), FINE, torch.ones(1, 90, dtype=torch.bfloat16)),
+        (RowFeatures(prompt_len=2, repetition=0.01), [5, 6], OVERFLOW),
+        (RowFeatures(prompt_len=1, repetition=1.3, presence=0.2), FINE, torch.linspace(-2, 2, 90)[None]),
+        (RowFeatures(prompt_len=1, masked=True), [5], torch.linspace(-2, 2, 90)[None]),
+    ],
+    ids=["finer than the type", "larger than the type", "penalties", "a mask that is not there"],
+)
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 3)])
+def test_logits_that_are_edited_in_passing_give_the_tokens_of_the_reference(
+    row: RowFeatures, history: list[int], logits_1V: torch.Tensor, temperature: float, top_k: int
+):
+    case = Case(90, [row] * 8, [np.asarray(history, dtype=np.int32)] * 8)
+    features = case.tables(np.random.default_rng(0), CPU, triton_features)
+    tables = sampling_tables(np.random.default_rng(1), 9)
+    for table, value in ((tables.temperature_R, temperature), (tables.top_k_R, top_k), (tables.top_p_R, 1.0)):
+        table.fill_(value)
+    tables.min_p_R.zero_()
+    lines_MW = torch.full((8, 3), -1, dtype=torch.int32)  # behind the step's one mask: they would allow everything
+    masks = StepMasks(lines_MW[:1], torch.tensor([3, 0, 1, -1, 0, 2, 7, -1], dtype=torch.int32)) if row.masked else None
+    arguments = (logits_1V.expand(8, 90).contiguous(), case.rows_E, case.positions_E, tables)
+    expected_E = TorchSampler().sample(*arguments, all_greedy=False, features=features, masks=masks)
+    sampler = TritonSampler(SamplerTiles(block=32))
+    assert torch.equal(sampler.sample(*arguments, all_greedy=False, features=features, masks=masks), expected_E)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 500])
+def test_log_probabilities_have_the_same_bits_however_the_lines_are_shared_out(programs: int):
+    rng = np.random.default_rng(5)
+    lines_LV = random_logits(rng, 12, 700, torch.float32)
+    targets_L, wanted_L = torch.arange(12, dtype=torch.int32), torch.full((12,), 5, dtype=torch.int32)
+    whole = triton_logprobs.logprobs(lines_LV, targets_L, wanted_L, tiles=LogprobTiles(block=64))
+    tiles = LogprobTiles(block=64, programs=programs)
+    alone = triton_logprobs.logprobs(lines_LV[3:4], targets_L[3:4], wanted_L[3:4], tiles=tiles)
+    assert torch.equal(alone.logprobs_LK[0], whole.logprobs_LK[3])
+    together = triton_logprobs.logprobs(lines_LV, targets_L, wanted_L, tiles=tiles)
+    assert torch.equal(together.logprobs_LK, whole.logprobs_LK)
 
 
 def test_an_edited_logit_may_be_larger_than_its_type_can_hold():

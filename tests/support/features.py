@@ -37,11 +37,12 @@ def random_features(rng: np.random.Generator, vocab: int, history: Ints) -> RowF
         row = replace(row, repetition=float(rng.choice([0.5, 1.0, 1.1, 1.7])))
     if rng.random() < 0.5:
         row = replace(row, presence=float(rng.choice([0.0, 0.3, -1.1])), frequency=float(rng.choice([0.0, 0.7, -0.2])))
-    if rng.random() < 0.5:
+    lists = rng.random() < 0.5  # without any, the sampler's first pass makes the edits
+    if lists and rng.random() < 0.7:
         row = replace(row, bias={token: float(rng.normal(0, 5)) for token in ids(300)})
-    if rng.random() < 0.5:
+    if lists and rng.random() < 0.7:
         row = replace(row, bans={token: len(history) + int(rng.integers(-1, 3)) for token in ids(70)})
-    if rng.random() < 0.5:
+    if lists and rng.random() < 0.7:
         words = [history[len(history) - n :].tolist() for n in rng.integers(0, min(len(history), 15) + 1, 3)]
         words += [rng.integers(0, vocab, rng.integers(0, 16)).tolist() for _ in range(40)]
         row = replace(row, bad_words=[[*word, int(rng.integers(vocab))] for word in words])

@@ -25,7 +25,10 @@ def answers(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[Sa
     for lookahead in LOOKAHEADS:
         llm.loaded.engine.set_lookahead(lookahead)
         found.append(llm.generate(prompts, params, use_tqdm=False))
-    said = [[(each.text, each.token_ids) for output in outputs for each in output.outputs] for outputs in found]
+    said = [
+        [(each.text, each.token_ids, each.logprobs) for output in outputs for each in output.outputs]
+        for outputs in found
+    ]
     assert said[0] == said[1] == said[2]
     return found[1]
 
