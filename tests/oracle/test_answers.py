@@ -30,7 +30,13 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMS: dict[str, Any] = {"choice": CHOICES, "regex": PATTERN, "json_schema": SCHEMA}
+GRAMMAR = 'start: NUMBER ("+" NUMBER)*\nNUMBER: /[0-9]{1,3}/'
 Allowed = Callable[[str], Tensor]  # bool [V], what may come after a text
+
+
+def even_ids(ids: list[int]) -> range:
+    """An allowed_tokens function: even ids after an even number of tokens, else odd ones."""
+    return range(len(ids) % 2, 49_152, 2)
 
 
 def greedy(max_tokens: int = NEW_TOKENS, **options: Any) -> SamplingParams:
@@ -77,6 +83,10 @@ def asked(plain: list[RequestOutput]) -> dict[str, SamplingParams]:
         "n greedy": greedy(n=3),
         "n sampled": SamplingParams(temperature=1.0, seed=5, n=3, max_tokens=NEW_TOKENS),
         **{name: greedy(30, **{name: form}) for name, form in FORMS.items()},
+        "json_object": greedy(json_object=True),
+        "grammar": greedy(grammar=GRAMMAR),
+        "function": greedy(allowed_tokens=even_ids),
+        "echo": greedy(echo=True, logprobs=2, prompt_logprobs=2),
     }
 
 
@@ -218,3 +228,16 @@ def test_a_schema_is_followed_as_by_a_matcher_that_is_asked_at_each_token(
 
     check(output, logits, edit)
     assert json.loads(output.outputs[0].text)["size"] in (17, "small", "large", None)
+
+
+def test_a_grammar_and_a_json_object_are_followed(mixed: dict[str, RequestOutput]):
+    assert regex.fullmatch(r"[0-9]{1,3}(\+[0-9]{1,3})*\+?", mixed["grammar"].outputs[0].text, partial=True)
+    assert mixed["json_object"].outputs[0].text.lstrip()[0] == "{"
+
+
+def test_a_function_is_asked_for_every_token(mixed: dict[str, RequestOutput]):
+    output = mixed["function"]
+    begin = len(output.prompt_token_ids)
+    assert [token % 2 for token in output.outputs[0].token_ids] == [
+        (begin + place) % 2 for place in range(len(output.outputs[0].token_ids))
+    ]

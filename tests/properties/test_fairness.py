@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
+import torch
 
+from gapless.bench.tiny_model import TinyModel
+from gapless.config import EngineConfig
+from gapless.device.base import Note
+from gapless.device.sim import SimDevice, TimedOrder
+from gapless.engine.admission import Admission, ModelFacts
+from gapless.engine.build import build_loop
+from gapless.outcome import Committed
 from gapless.params import SamplingParams
+from gapless.plan import Plan
 from gapless.request import MAX_PRIORITY, PRIORITY_ARRIVALS
+from gapless.sampling import make_sampler
+from gapless.scheduler import Scheduler
 from support.sim.fed import run_fed
 from support.sim.schedule import Move, Schedule
 
@@ -56,3 +68,54 @@ def test_the_least_urgent_request_is_served_though_urgent_ones_keep_coming(looka
     assert order[:10] == [ahead // 10 * number for number in range(1, 11)]
     served = next(step for step in scheduler.steps if 0 in step.counts)
     assert len(served.waiting) == 4
+
+
+@pytest.mark.parametrize("lookahead", range(3))
+def test_between_two_tokens_lies_no_more_than_one_chunk_of_a_long_prompt(
+    lookahead: int, monkeypatch: pytest.MonkeyPatch
+):
+    """In virtual time: a step costs 1 ms and 0.1 ms a token, and takes 64 tokens at most, of prompts of 1,500."""
+    fed: list[int] = []
+    plan = Scheduler.plan
+
+    def counted(scheduler: Scheduler) -> Plan | None:
+        made = plan(scheduler)
+        fed.extend([] if made is None else [int(made.counts_E.sum())])
+        return made
+
+    def cost(note: Note) -> float:
+        return 1e-3 + 1e-4 * fed[note.step] if note.name == "compute" else 0.0
+
+    monkeypatch.setattr(Scheduler, "plan", counted)
+    device = SimDevice(TimedOrder(), cost=cost)
+    config = EngineConfig(
+        lookahead=lookahead, max_rows=4, max_batch_tokens=64, max_model_len=2048, num_blocks=520, graphs=False
+    )
+    model = TinyModel(vocab_size=2)
+    loop, limits = build_loop(model, config, device, make_sampler(torch.device("cpu")), torch.float32)
+    times: dict[int, list[float]] = {}
+
+    def publish(committed: Committed) -> None:
+        for request_id in committed.request_ids:
+            times.setdefault(request_id, []).append(device.now)
+
+    loop.publish = publish
+    admission = Admission(limits, ModelFacts(model.vocab_size, model.eos_token_ids), 0)
+
+    def add(prompt_len: int, max_tokens: int, token: int = 0) -> int:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        request = admission.make_request([token] * prompt_len, params)
+        loop.scheduler.add(request)
+        return request.request_id
+
+    decoding = [add(2, 200), add(3, 200)]
+    for _ in range(20):
+        loop.step()
+    prompts = [add(1500, 2), add(1500, 2, token=1)]
+    while any(len(times.get(each, ())) < 2 for each in prompts):
+        loop.step()
+    loop.close()
+    gaps = [after - before for each in decoding for before, after in pairwise(times[each])]
+    whole_step = 1e-3 + 1e-4 * 64
+    assert max(gaps) <= whole_step * 1.0001
+    assert sum(gap > whole_step * 0.9999 for gap in gaps) > 2 * 3000 // 64
