@@ -25,7 +25,7 @@ from support.sim.race import replay_command
 from support.sim.rig import Result, run
 from support.sim.schedule import SHORTAGES, Move, Schedule, Shortage, generate
 
-SEEDS = effort(120, 300)
+SEEDS = effort(180, 300)
 GENERATED = 1500
 ALONE_SEEDS = 20
 AUDIT_SEEDS = 20
