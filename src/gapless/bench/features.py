@@ -106,13 +106,21 @@ class FeatureBench:
     """An engine with the memory for a workload, whose requests all run at once."""
 
     def __init__(
-        self, shape: str, workload: Workload, config: EngineConfig, tokenizer: Path | None, *, prefix_cache: bool
+        self,
+        shape: str,
+        workload: Workload,
+        config: EngineConfig,
+        tokenizer: Path | None,
+        *,
+        prefix_cache: bool,
+        temperature: float = 0.0,
     ) -> None:
-        """tokenizer: a folder. Raises ConfigError, OutOfMemoryError."""
+        """tokenizer: a folder; temperature: of all requests. Raises ConfigError, OutOfMemoryError."""
         length = workload.prompt_len + workload.new_tokens
         blocks = workload.requests * -(-length // config.block_size)
         sized = replace(config, num_blocks=blocks, max_model_len=length, prefix_cache=prefix_cache)
         self.workload = workload
+        self._temperature = temperature
         self.random = RandomEngine(shape, sized, tokenizer=tokenizer, processors=(Tilt(),))
         self._runs = 0
 
@@ -120,7 +128,7 @@ class FeatureBench:
         """Seconds that all requests took."""
         work, random = self.workload, self.random
         random.engine.set_lookahead(lookahead)
-        plain = SamplingParams(temperature=0, max_tokens=work.new_tokens, ignore_eos=True)
+        plain = SamplingParams(temperature=self._temperature, max_tokens=work.new_tokens, ignore_eos=True)
         featured = replace(plain, **case.changes)
         many = round(case.share * work.requests)
         many -= many % featured.n
@@ -151,13 +159,16 @@ def measure(
     tokenizer: Path | None,
     only: Sequence[str],
     repeat: int,
+    temperature: float = 0.0,
     tell: Callable[[str], None],
 ) -> FeatureReport:
     """All features, or those in `only`, at every lookahead. Raises ConfigError for one that is not known."""
     tell("plain, no prefix cache")
-    with closing(FeatureBench(shape, workload, config, tokenizer, prefix_cache=False)) as bench:
+    with closing(
+        FeatureBench(shape, workload, config, tokenizer, prefix_cache=False, temperature=temperature)
+    ) as bench:
         uncached = {lookahead: _timed(bench, _PLAIN_CASE, lookahead, repeat) for lookahead in lookaheads}
-    with closing(FeatureBench(shape, workload, config, tokenizer, prefix_cache=True)) as bench:
+    with closing(FeatureBench(shape, workload, config, tokenizer, prefix_cache=True, temperature=temperature)) as bench:
         known = feature_params(bench.random.model.vocab_size, workload.new_tokens, tokenizer=tokenizer is not None)
         if unknown := [name for name in only if name not in known]:
             raise ConfigError(f"no feature is called {unknown[0]!r}; there are {', '.join(known)}")

@@ -26,12 +26,13 @@ def features(
         Path | None,
         typer.Option(help="Folder with a tokenizer.json, for stop strings and JSON: a shape has none."),
     ] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="Of all requests; 0 is greedy.")] = 0.0,
     deterministic: options.Deterministic = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
     json_output: Json = False,
 ) -> None:
-    """Offline decode with none, half and all of the requests using a feature, greedy, start-up left out."""
+    """Offline decode with none, half and all of the requests using a feature, start-up left out."""
     from gapless.bench import features as bench
     from gapless.bench.decode import Workload
     from gapless.bench.environment import quoted_with
@@ -49,7 +50,15 @@ def features(
     workload = Workload(requests=requests, prompt_len=prompt_len, new_tokens=new_tokens)
     say(f"loading {shape} ...")
     report = bench.measure(
-        shape, workload, config, lookaheads, tokenizer=tokenizer, only=feature or [], repeat=repeat, tell=say
+        shape,
+        workload,
+        config,
+        lookaheads,
+        tokenizer=tokenizer,
+        only=feature or [],
+        repeat=repeat,
+        temperature=temperature,
+        tell=say,
     )
     print(f"features: {shape}, {requests} x ({prompt_len} + {new_tokens})")
     print(quoted_with(report.environment))
