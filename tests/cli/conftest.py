@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from frontend.tiny import TEMPLATE, tiny_inner
 from gapless.cli.main import main
+from support.processes import killed_after
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,11 +77,11 @@ def gapless(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 
 @pytest.fixture
-def spawn() -> Callable[[Sequence[str]], subprocess.Popen[str]]:
+def spawn() -> Generator[Callable[[Sequence[str]], subprocess.Popen[str]]]:
     """Run the program in a process of its own, with pipes."""
 
     def start(argv: Sequence[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -87,5 +89,7 @@ def spawn() -> Callable[[Sequence[str]], subprocess.Popen[str]]:
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        return stack.enter_context(killed_after(process))
 
-    return start
+    with ExitStack() as stack:
+        yield start

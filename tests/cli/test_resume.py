@@ -17,6 +17,7 @@ import pytest
 from cli.conftest import Ran
 from gapless.cli.files import read_kept
 from gapless.errors import ConfigError
+from support.processes import killed_after, size_of
 from support.waiting import eventually
 
 Gapless = Callable[..., Ran]
@@ -156,10 +157,10 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(gapless: Gapless, options
     lines = [{"prompt": "abc", "max_tokens": 1 + 7 * (place % 10)} for place in range(1_500)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["generate", *options, "--ignore-eos", "--input", str(source), "--output", str(target)]
-    process = spawned(argv)
-    eventually(lambda: target.exists() and target.stat().st_size > 2000)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with killed_after(spawned(argv)) as process:
+        eventually(lambda: size_of(target) > 2000)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "To go on, repeat the command with --resume" in err
     before = target.read_bytes()

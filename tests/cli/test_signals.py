@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.oracle import package_folder
+from support.processes import killed_after, size_of
 from support.waiting import eventually
 
 # Once the engine runs, or at least the handler stands, the program sends itself SIGTERM.
@@ -73,23 +74,24 @@ def test_an_answer_to_a_prompt_ends_on_sigterm(options: list[str]):
 @pytest.mark.parametrize("answering", [True, False])
 def test_a_chat_ends_on_sigterm_while_it_answers_and_while_it_waits(model: Path, answering: bool):
     argv = ["chat", "--model", str(model), "--load", "random", "--device", "cpu", "--kv-cache-memory", "64M"]
-    process = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv, "-t", "0", "--max-tokens", "60000"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(b"abc\n" if answering else b"/help\n")
-    process.stdin.flush()
-    if answering:
-        assert process.stdout.read(1)
-    else:
-        assert any(b"leaves" in line for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    with killed_after(started) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"abc\n" if answering else b"/help\n")
+        process.stdin.flush()
+        if answering:
+            assert process.stdout.read(1)
+        else:
+            assert any(b"leaves" in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, b"")
 
 
@@ -136,11 +138,12 @@ with sigterm_leaves(lambda: "never mind"):
 
 
 def test_sigterm_waits_for_nothing():
-    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_END], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"running\n"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    command = [sys.executable, "-c", SLOW_TO_END]
+    with killed_after(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, b"", b"gapless: never mind\n")
 
 
@@ -168,7 +171,7 @@ def start_long_lines(unbuffered: str = "") -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_line_that_is_being_written_comes_whole_and_is_counted(number: signal.Signals, unbuffered: str):
-    with start_long_lines(unbuffered) as process:
+    with killed_after(start_long_lines(unbuffered)) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         begin = process.stdout.read(2**20 + 2**16)  # in the middle of the second line
@@ -181,7 +184,7 @@ def test_a_line_that_is_being_written_comes_whole_and_is_counted(number: signal.
 
 
 def test_a_second_sigterm_does_not_wait_for_a_reader():
-    with start_long_lines() as process:
+    with killed_after(start_long_lines()) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(1)
@@ -200,12 +203,11 @@ def test_a_file_of_requests_that_is_cut_short_leaves_whole_lines_and_says_how_to
     lines = [{"prompt": "abc", "max_tokens": 1 + 7 * (place % 50)} for place in range(20_000)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["generate", *options, "--ignore-eos", "--input", str(source), "--output", str(target)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv], stderr=subprocess.PIPE, text=True
-    )
-    eventually(lambda: target.exists() and target.stat().st_size > 2000)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    command = [sys.executable, "-c", "from gapless.cli.main import main; main()", *argv]
+    with killed_after(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as process:
+        eventually(lambda: size_of(target) > 2000)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     text = target.read_text()
     assert text.endswith("\n")

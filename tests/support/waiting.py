@@ -1,4 +1,4 @@
-"""Waiting for another thread without a signal from it."""
+"""Waiting for another thread or process without a signal from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 60.0
 
 
 def eventually(holds: Callable[[], bool]) -> None:
