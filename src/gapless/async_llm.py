@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -193,6 +194,11 @@ class RequestStream(AsyncIterator[RequestOutput]):
         """Tokens so far, those included that were not read."""
         return self._generation.usage
 
+    @property
+    def first_heard(self) -> float | None:
+        """time.monotonic() when the first token came, whether it was read or not; None before."""
+        return self._generation.first_heard
+
     def __aiter__(self) -> Self:
         return self
 
@@ -322,9 +328,13 @@ class _Desk:
             self._failure = self._failure or record
             self._wake(list(self._waiting))
         else:
+            changed = self._collector.take(record)
+            for each in changed:
+                if each.first_heard is None:
+                    each.first_heard = time.monotonic()
             self._wake(
                 each.request_id
-                for each in self._collector.take(record)
+                for each in changed
                 if each.request_id in self._waiting and (each.finished or not self._waiting[each.request_id][1])
             )
 

@@ -168,7 +168,10 @@ class Continuation:
 
 
 class Generation:
-    """What is known of one prompt: its continuations, and the log probabilities of its tokens."""
+    """What is known of one prompt: its continuations, and the log probabilities of its tokens.
+
+    first_heard  time.monotonic() when the first of it came; None before, and where nobody takes note of it
+    """
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer | None) -> None:
         self.prepared = prepared
@@ -177,6 +180,7 @@ class Generation:
             Continuation(index, request, tokenizer, prepared.echo) for index, request in enumerate(prepared.requests)
         ]
         self.cached_tokens = 0
+        self.first_heard: float | None = None
         self._going_on = len(self.continuations)
         self._prompt_token_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]

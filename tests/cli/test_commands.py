@@ -89,6 +89,29 @@ def test_a_wrong_option_ends_with_status_2(gapless: Gapless, argv: list[str], sa
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"), [("GAPLESS_MAX_TOKEN", "; did you mean GAPLESS_MAX_TOKENS?"), ("GAPLESS_FOO", "")]
+)
+@pytest.mark.parametrize("command", [["env"], ["generate", "abc"], ["bench", "host"]])
+def test_a_variable_that_no_option_reads_is_an_error(
+    gapless: Gapless, monkeypatch: pytest.MonkeyPatch, command: list[str], name: str, hint: str
+):
+    monkeypatch.setenv(name, "4")
+    ran = gapless(*command)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err == f"gapless: error: the environment has {name}, which no option reads{hint}\n"
+
+
+def test_variables_of_a_service_beside_the_container_are_none_of_ours(
+    gapless: Gapless, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(f"GAPLESS_TEST_{name}", "x")
+    monkeypatch.setenv("GAPLESS_CACHE", "/tmp")
+    monkeypatch.setenv("GAPLESS_MAX_BODY", "8M")  # of another command
+    assert gapless("env").status == 0
+
+
 def test_what_only_the_model_can_tell_is_refused_too(gapless: Gapless, options: list[str]):
     assert gapless("generate", *options, "--max-model-len", "1M", "abc").status == 2
     ran = gapless("generate", *options, "--stop-token-id", "61", "--raw", "abc")

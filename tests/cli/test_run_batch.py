@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -115,6 +118,25 @@ def test_two_runs_do_not_write_to_one_output(argv: list[str], gapless: Callable[
             assert "another run is writing to" in ran.err
     assert not (tmp_path / "out").exists()
     assert gapless(*argv).status == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+):
+    said = [number, errno.EIO]
+
+    def fails(*_: object) -> None:
+        raise OSError(said[0], os.strerror(said[0]))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with only_run(tmp_path / "out"):
+        (tmp_path / "out").write_text("x")
+    assert (tmp_path / "out").read_text() == "x"
+    assert "has no locks" in caplog.text
+    said.pop(0)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), only_run(tmp_path / "out"):
+        pass
 
 
 def test_a_file_that_is_no_batch_is_refused_before_the_model_is_loaded(gapless: Callable[..., Ran], tmp_path: Path):

@@ -248,6 +248,77 @@ def test_a_server_without_work_uses_no_cpu(serve: Callable[..., Serving]):
     assert switches() - woken < 20
 
 
+LANE_OF = {
+    **dict.fromkeys(("plan", "fill", "launch", "collect", "commit", "publish"), "host"),
+    "copy in": "h2d",
+    "compute": "compute",
+    "copy out": "d2h",
+}
+
+
+def timelines(server: Serving, steps: int) -> dict[str, dict[int, dict[str, Any]]]:
+    """By the name of the run: the spans of each step by their names."""
+    answer = server.client.get(f"/debug/timeline?steps={steps}")
+    names: dict[tuple[int, ...], str] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in answer.json()["traceEvents"]:
+        if event["ph"] == "M" and event["name"] == "process_name":
+            names[event["pid"],] = event["args"]["name"]
+        elif event["ph"] == "M" and event["name"] == "thread_name":
+            names[event["pid"], event["tid"]] = event["args"]["name"]
+        elif event["ph"] == "X":
+            name = event["args"]["name"]
+            assert names[event["pid"], event["tid"]] == LANE_OF[name]
+            spans = found.setdefault(names[event["pid"],], {}).setdefault(event["args"]["step"], {})
+            assert name not in spans
+            spans[name] = event
+    return found
+
+
+def test_the_timeline_of_the_last_steps_shows_the_lanes_and_what_ran_ahead(
+    serve: Callable[..., Serving], gapless: Callable[..., Ran], tmp_path: Path
+):
+    server = serve("--api-key", "sesame")
+    server.client.headers["authorization"] = "Bearer sesame"
+    server.ready()
+    assert httpx.get(f"{server.url}/debug/timeline").status_code == 401
+    assert timelines(server, 10) == {}
+    for lookahead in (1, 0):
+        wanted = {"lookahead": lookahead, "seconds": 600}
+        assert server.client.post("/debug/lookahead", json=wanted).json() == wanted
+        assert server.client.post("/v1/completions", json={**LONG, "max_tokens": 40}).status_code == 200
+    runs = timelines(server, 10)
+    assert set(runs) == {"lookahead 0", "lookahead 1"}
+    for name, steps in runs.items():
+        first = min(steps)
+        assert sorted(steps) == list(range(first, first + 10))
+        for number, spans in steps.items():
+            assert set(spans) == set(LANE_OF)
+            begins = [spans[each]["ts"] for each in ("plan", "fill", "launch", "copy in", "compute", "copy out")]
+            assert begins == sorted(begins)
+            assert spans["commit"]["ts"] >= spans["copy out"]["ts"] + spans["copy out"]["dur"]
+            assert len({span["args"]["slot"] for span in spans.values()}) == 1
+            if number > first:
+                before = steps[number - 1]
+                # what makes the difference: the next step is on its way before the last one is read
+                assert (spans["launch"]["ts"] < before["collect"]["ts"]) == (name == "lookahead 1")
+                if name == "lookahead 1":
+                    assert spans["plan"]["args"]["slot"] != before["plan"]["args"]["slot"]
+    trace = tmp_path / "trace.json"
+    trace.write_bytes(server.client.get("/debug/timeline?steps=10").content)
+    assert gapless("timeline", str(trace), "-o", str(tmp_path / "page.html")).status == 0
+    metrics = server.client.get("/metrics").text
+    assert re.search(r"gapless_time_to_first_token_seconds_count\{.*\} 2.0\n", metrics)  # they were not streamed
+    assert re.search(r"gapless_inter_token_latency_seconds_count\{.*\} 78.0\n", metrics)
+
+
+def test_without_a_timeline_there_is_none(serve: Callable[..., Serving]):
+    server = serve("--no-timeline")
+    server.ready()
+    assert server.client.post("/v1/completions", json={**LONG, "max_tokens": 5}).status_code == 200
+    assert timelines(server, 10) == {}
+
+
 def test_what_is_wrong_is_said_before_or_when_the_model_is_loaded(gapless: Callable[..., Ran], tmp_path: Path):
     for argv, status, text in (
         (["--port", "99999"], 2, "port must be 0 to 65535"),

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gapless.errors import ConfigError
 from gapless.server.app import create_app
 from gapless.server.config import ServerConfig
 from gapless.server.context import Context
@@ -103,10 +104,60 @@ def test_a_number_of_steps_out_of_bounds_is_refused(context: Context, steps: str
 
 def test_the_lookahead_can_be_set_to_what_the_engine_was_built_for(context: Context, engines: FakeEngines):
     answer = ask(context, "POST", "/debug/lookahead", json={"lookahead": 0})
-    assert (answer.status_code, answer.json()) == (200, {"lookahead": 0})
+    assert (answer.status_code, answer.json()) == (200, {"lookahead": 0, "seconds": None})
     assert engines.now.lookahead == 0
     assert ask(context, "POST", "/debug/lookahead", json={"lookahead": 2}).status_code == 400
     assert engines.now.lookahead == 0
+
+
+def leases(engines: FakeEngines, *wanted: tuple[int, float | None]) -> list[int]:
+    """The lookahead after each of the calls, and in the end, longer after the last than it lasts."""
+
+    async def all_of_them() -> list[int]:
+        found: list[int] = []
+        context = context_of(engines, ServerObserver())
+        transport = httpx.ASGITransport(create_app(context))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for lookahead, seconds in wanted:
+                answer = await client.post("/debug/lookahead", json={"lookahead": lookahead, "seconds": seconds})
+                assert answer.json() == {"lookahead": lookahead, "seconds": seconds}
+                found.append(engines.now.lookahead)
+            await asyncio.sleep(0.3)
+        return [*found, engines.now.lookahead]
+
+    return asyncio.run(all_of_them())
+
+
+def test_a_lookahead_for_a_while_is_what_it_was_afterwards(engines: FakeEngines):
+    assert leases(engines, (0, 0.05)) == [0, 1]
+
+
+def test_the_last_one_who_sets_the_lookahead_has_his_way(engines: FakeEngines):
+    engines.most = 3
+    assert leases(engines, (0, 0.05), (2, 0.1), (0, 0.05)) == [0, 2, 0, 1]
+    assert leases(engines, (0, 0.05), (3, None)) == [0, 3, 3]
+    assert leases(engines, (2, None), (0, 0.05)) == [2, 0, 2]
+    assert leases(engines, (0, 3600.0)) == [0, 0]
+
+
+def test_a_lookahead_that_can_not_be_leaves_the_lease(engines: FakeEngines):
+    async def refused() -> int:
+        context = context_of(engines, ServerObserver())
+        await context.lookahead.set(0, 0.05)
+        with pytest.raises(ConfigError):
+            await context.lookahead.set(9, None)
+        await asyncio.sleep(0.3)
+        return engines.now.lookahead
+
+    assert asyncio.run(refused()) == 1
+
+
+@pytest.mark.parametrize("seconds", [b"0", b"-1", b"3601", b"true", b'"1"', b"NaN", b"1e999"])
+def test_a_time_that_is_none_is_refused(context: Context, engines: FakeEngines, seconds: bytes):
+    headers = KEY | {"content-type": "application/json"}
+    body = b'{"lookahead": 0, "seconds": ' + seconds + b"}"
+    assert ask(context, "POST", "/debug/lookahead", headers, content=body).status_code == 400
+    assert engines.now.lookahead == 1
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"lookahead": "1"}', b'{"lookahead": true}', b'{"lookahead": -1}'])

@@ -126,6 +126,20 @@ def test_tokens_that_come_together_share_the_time(context: Context, observer: Se
     assert value(context, "gapless_inter_token_latency_seconds_bucket", le="0.01") == 4
 
 
+def test_an_answer_that_comes_as_a_whole_is_timed_by_its_first_token(
+    context: Context, observer: ServerObserver, clock: Clock
+):
+    watch = observer.opened("a", "/v1/completions")
+    clock.now += 1.0
+    watch.tokens(5, clock.now - 0.8)
+    assert value(context, "gapless_time_to_first_token_seconds_sum") == pytest.approx(0.2)
+    assert value(context, "gapless_inter_token_latency_seconds_count") == 4
+    assert value(context, "gapless_inter_token_latency_seconds_sum") == pytest.approx(0.8)
+    observer.opened("b", "/v1/completions").tokens(1, clock.now)
+    assert value(context, "gapless_time_to_first_token_seconds_count") == 2
+    assert value(context, "gapless_inter_token_latency_seconds_count") == 4
+
+
 @pytest.mark.parametrize("reason", ["cancelled", "error"])
 def test_a_request_without_an_answer_has_no_latency_and_ends_once(
     context: Context, observer: ServerObserver, reason: str

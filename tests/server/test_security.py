@@ -144,6 +144,51 @@ def test_the_server_answers_others_while_a_hostile_form_is_refused(demo_server: 
     assert answered >= 3
 
 
+# ------------------------------------------------- 7: one request fails in the middle of its batch
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_row_that_can_not_go_on_ends_alone_in_a_running_batch(demo_server: RunningServer, stream: bool):
+    """Behind six letters its form has only digits left, and a digit ends the request."""
+    with httpx.Client(base_url=demo_server.url, timeout=60) as client:
+        digits = [client.post("/tokenize", json={"prompt": digit}).json()["tokens"] for digit in "0123456789"]
+    assert all(len(ids) == 1 for ids in digits)
+    bad = {
+        "prompt": "x",
+        "max_tokens": 40,
+        "temperature": 0,
+        "regex": "([ab] ){6}[0-9]+",
+        "stop_token_ids": [ids[0] for ids in digits],
+        "stream": stream,
+    }
+    good = [{"prompt": prompt, "max_tokens": 40, "temperature": 0, "return_token_ids": True} for prompt in "abcdef"]
+
+    async def rounds() -> tuple[list[httpx.Response], list[httpx.Response], list[httpx.Response]]:
+        async with httpx.AsyncClient(base_url=demo_server.url, timeout=60) as client:
+
+            async def post(body: dict[str, Any]) -> httpx.Response:
+                return await client.post("/v1/completions", json=body)
+
+            before = await asyncio.gather(*[post(body) for body in good])
+            mixed = await asyncio.gather(*[post(body) for each in good for body in (each, bad)])
+            return before, mixed[::2], mixed[1::2]
+
+    before, beside, failed = asyncio.run(rounds())
+    assert [each.json()["choices"] for each in beside] == [each.json()["choices"] for each in before]
+    for each in failed:
+        if stream:
+            *texts, error, done = [line[6:] for line in each.text.splitlines() if line]
+            assert "".join(json.loads(text)["choices"][0]["text"] for text in texts).strip(" ab") == ""
+            assert done == "[DONE]"
+            error = json.loads(error)["error"]
+        else:
+            assert each.status_code == 400
+            error = each.json()["error"]
+        assert error["code"] == "answer_failed"
+        assert error["message"].startswith("the answer can not go on: the grammar allows only tokens")
+    eventually(lambda: demo_server.engine.held_blocks == 0)
+
+
 # ------------------------------------------- 10: nobody sees anything of another
 
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from gapless.cli.config_file import place_in_file
+from gapless.cli.environment import check_environment
 from gapless.cli.signals import leave_interrupted
 from gapless.errors import ConfigError
 
@@ -41,7 +42,8 @@ class _Command(TyperCommand):
             raise ConfigError(f"{origin}: {said}") from error
 
     def invoke(self, ctx: Any) -> Any:
-        """typer alone ends on Ctrl-C without a word."""
+        """typer alone ends on Ctrl-C without a word. Raises ConfigError for a variable that no option reads."""
+        check_environment(ctx.find_root().command, os.environ)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

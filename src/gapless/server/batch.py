@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +38,9 @@ MAX_ID_LENGTH = 512
 MAX_DEPTH = 256  # the server takes 200; how deep json goes depends on who calls it
 _LOOK_SECONDS = 0.05
 _SEED_BITS = 63
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks say
 _ALL = 2**31  # the window bounds what is open
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +267,10 @@ def only_run(output: Path) -> Generator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"another run is writing to {output}") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("the file system of %s has no locks: no other run may write to it meanwhile", output)
         try:
             yield
         finally:

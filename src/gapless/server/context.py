@@ -11,6 +11,7 @@ from gapless.async_llm import AsyncLLM
 from gapless.errors import GaplessError
 from gapless.outputs import Usage
 from gapless.server.config import ServerConfig
+from gapless.server.lookahead import LookaheadLease
 from gapless.spans import Run
 
 THREADS = 16  # for long prompts and forms
@@ -91,8 +92,9 @@ class EngineSource(Protocol):
 class Watch(Protocol):
     """One request, as it goes: told by the code that serves it."""
 
-    def tokens(self, count: int) -> None:
-        """So many new tokens came, of all continuations together."""
+    def tokens(self, count: int, first: float | None = None) -> None:
+        """So many new tokens came, of all continuations together: the first of them at `first` (time.monotonic()), the
+        last one now; without it all of them now."""
         ...
 
     def ended(self, reason: str, usage: Usage | None) -> None:
@@ -116,11 +118,12 @@ class Observer(Protocol):
 class Context:
     """Of one server. `app.state.context` has it.
 
-    created   Unix time of the start
-    alias     another name of the model
-    open      requests that are open
-    draining  no new ones are taken
-    forms     lets a part of the threads that requests have wait for forms; the others stay free for long prompts
+    created    Unix time of the start
+    alias      another name of the model
+    open       requests that are open
+    draining   no new ones are taken
+    lookahead  the engine's, which can be another for a while
+    forms      lets a part of the threads that requests have wait for forms; the others stay free for long prompts
     """
 
     config: ServerConfig
@@ -130,7 +133,11 @@ class Context:
     alias: str | None = None
     open: int = 0
     draining: bool = False
+    lookahead: LookaheadLease = field(init=False)
     forms: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(THREADS * 3 // 4))
+
+    def __post_init__(self) -> None:
+        self.lookahead = LookaheadLease(self.engines)
 
     @property
     def llm(self) -> AsyncLLM:

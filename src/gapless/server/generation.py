@@ -100,10 +100,12 @@ class Job:
         ApiError."""
         outputs: list[RequestOutput] = []
         async with self.watching():
+            count = 0
             for stream in self._streams:
                 async for output in stream:
-                    self._book(output)
+                    count += self._book(output)
                     outputs.append(output)
+            self._tell(count, min((each.first_heard for each in self._streams if each.first_heard), default=None))
         if self._gone:
             raise _gone()
         return outputs
@@ -203,9 +205,9 @@ class Job:
                     raise UnavailableError("the server has cancelled this request")
         return count
 
-    def _tell(self, count: int) -> None:
+    def _tell(self, count: int, first: float | None = None) -> None:
         assert self._watch is not None
-        self._watch.tokens(count)
+        self._watch.tokens(count, first)
 
 
 def _next_of(stream: RequestStream) -> asyncio.Task[RequestOutput | None]:

@@ -65,7 +65,8 @@ class ServerObserver:
     opened_total                 those and all before
     ended_total, refused_total   by reason, by status
     ttft, inter_token, e2e       seconds to the first token; between tokens of a request, all its continuations
-                                 together; and to the end, of requests that got their answer
+                                 together, which of an answer that comes as a whole is their mean; and to the end, of
+                                 requests that got their answer
     engine                       what the engine says
     """
 
@@ -128,15 +129,17 @@ class RequestWatch:
         self._ttft: float | None = None
         self._over = False
 
-    def tokens(self, count: int) -> None:
+    def tokens(self, count: int, first: float | None = None) -> None:
         if count <= 0:
             return
-        now = self._observer.clock()
+        now, later = self._observer.clock(), count
         if self._ttft is None:
-            self._ttft = now - self._begin
+            self._last = now if first is None else first
+            self._ttft = self._last - self._begin
             self._observer.ttft.add(self._ttft, 1, now)
-        else:
-            self._observer.inter_token.add((now - self._last) / count, count, now)
+            later = 0 if first is None else count - 1
+        if later:
+            self._observer.inter_token.add((now - self._last) / later, later, now)
         self._last = now
         self._tokens += count
 

@@ -25,6 +25,7 @@ from gapless.spans import Run, chrome_trace
 
 MAX_STEPS = 500
 MAX_LOOKAHEAD = 64
+MAX_SECONDS = 3600.0
 _POST = tuple(status for status in POST if status != 429)
 
 router = APIRouter(tags=["debug"], dependencies=[Depends(needs_key)])
@@ -77,6 +78,9 @@ class Lookahead(BaseModel):
     """Steps queued before the oldest is read: 0 takes turns, 1 and more run ahead."""
 
     lookahead: int = Field(ge=0, le=MAX_LOOKAHEAD, strict=True)
+    seconds: float | None = Field(
+        default=None, gt=0, le=MAX_SECONDS, strict=True, description="for so long, then as before; null: from now on"
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=responses(None, GET))
@@ -124,7 +128,7 @@ async def set_lookahead(
     context: ServerContext, wanted: Annotated[Lookahead, Depends(JsonBody(Lookahead))]
 ) -> Lookahead:
     """Go on with so many steps in flight, at most as many as the engine was built for."""
-    await context.engines.set_lookahead(wanted.lookahead)
+    await context.lookahead.set(wanted.lookahead, wanted.seconds)
     return wanted
 
 

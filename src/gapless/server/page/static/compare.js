@@ -6,6 +6,7 @@ const TOPICS = ["rain", "a bridge", "bread", "the moon", "a train", "salt", "a c
 const LOAD = { max_tokens: 48, ignore_eos: true, seed: 7, temperature: 0.8 };
 const KEPT = 40; // steps of a run that are looked at for typical ones
 const DRAWN = 4;
+const LEASE = 120; // seconds after which the server sets the old lookahead again, if this page is gone
 const ROUNDS = 2; // the better one counts: a neighbour who is busy for a moment shall not decide
 
 export const LOOKAHEADS = [0, 1];
@@ -31,7 +32,7 @@ export async function compare(model, lookahead, tell, signal) {
 }
 
 async function measure(model, lookahead, signal) {
-  await post("debug/lookahead", { lookahead }, signal);
+  await post("debug/lookahead", { lookahead, seconds: LEASE }, signal);
   await run(model, 2, signal); // what is done once, is done then
   const begun = performance.now();
   const tokens = await run(model, LOAD.max_tokens, signal);
