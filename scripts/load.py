@@ -32,7 +32,7 @@ from load_clients import Client, Mix, Plan, Tally, make_plan
 from load_server import Server, rss_mib, tiny_folder
 
 PROBE = Path(__file__).with_name("load_probe.py")
-SAMPLE_SECONDS = 5.0
+SAMPLE_SECONDS, CROWD_SAMPLE_SECONDS = 5.0, 0.2
 AFTERMATH = 5.0  # seconds after the engine is back in which answers may still tell of its death
 END_SECONDS = 60.0
 MAX_BODY = 256 * 1024
@@ -59,6 +59,7 @@ class Watched:
     preemptions: int = 0
     most_running: int = 0
     most_waiting: int = 0
+    most_open: int = 0
 
     def now(self) -> float:
         return time.monotonic() - self.begin
@@ -76,6 +77,7 @@ class Watched:
         self.preemptions = max(self.preemptions, stats.get("preemptions", 0))
         self.most_running = max(self.most_running, stats.get("running", 0))
         self.most_waiting = max(self.most_waiting, stats.get("waiting", 0))
+        self.most_open = max(self.most_open, stats.get("running", 0) + stats.get("waiting", 0))
 
     def take(self, probes: str) -> None:
         """What load_probe.py has printed."""
@@ -90,14 +92,14 @@ class Watched:
         return any(dead <= end - self.begin and begin - self.begin <= back + AFTERMATH for dead, back in self.kills)
 
 
-async def watch(server: Server, watched: Watched, over: asyncio.Event) -> None:
-    """Until it is over."""
+async def watch(server: Server, watched: Watched, over: asyncio.Event, every: float = SAMPLE_SECONDS) -> None:
+    """Until it is over, every so many seconds."""
     command = [sys.executable, str(PROBE), server.host, str(server.port)]
     with tempfile.TemporaryFile("w+") as printed, subprocess.Popen(command, stdout=printed) as probe:
         while not over.is_set():
             await asyncio.to_thread(watched.look, server)
             with suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), SAMPLE_SECONDS)
+                await asyncio.wait_for(over.wait(), every)
         probe.terminate()
         probe.wait()
         printed.seek(0)
@@ -150,17 +152,17 @@ async def load(server: Server, options: argparse.Namespace) -> tuple[Tally, Watc
 
 
 async def crowd(server: Server, options: argparse.Namespace) -> tuple[Tally, Watched]:
-    """That many streams, all opened before the first has ended."""
+    """That many streams, all of them open before the first has ended."""
     tally, watched, over = Tally(), Watched(), asyncio.Event()
     chance = random.Random(options.seed)
-    watching = asyncio.create_task(watch(server, watched, over))
+    watching = asyncio.create_task(watch(server, watched, over, CROWD_SAMPLE_SECONDS))
 
     async def one() -> None:
         marker = make_plan(chance, Mix(), tally.markers, max_body=1).marker
         body = {"prompt": f"{marker} {marker} {marker}", "max_tokens": options.crowd_tokens, "temperature": 0}
         data = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
         client = Client(server.host, server.port, server.key)
-        tally.add(await client.ask(Plan("stream", "/v1/completions", data, marker, stream=True)))
+        tally.add(await client.ask(Plan("stream", "/v1/completions", data, marker, stream=True, greedy=True)))
         client.close()
 
     await asyncio.gather(*[one() for _ in range(options.crowd)])
@@ -235,6 +237,8 @@ def report(server: Server, options: argparse.Namespace, tally: Tally, watched: W
         failures.append(f"not all is given back: {left}")
     if watched.unhealthy or watched.health > options.health_seconds:
         failures.append(f"/health: {watched.unhealthy} times not 200, at most {watched.health:.2f} s")
+    if watched.most_open < options.crowd:
+        failures.append(f"only {watched.most_open} streams were open at once")
     if watched.probes < seconds / 2:
         failures.append(f"/health was asked {watched.probes} times only")
     if not options.tiny and tally.greedy >= 20 and tally.repeated < tally.greedy / 2:
@@ -263,6 +267,7 @@ def report(server: Server, options: argparse.Namespace, tally: Tally, watched: W
         "errors_around_kills": {"all": len(excused), "within_a_stream": tally.told},
         "most_running": watched.most_running,
         "most_waiting": watched.most_waiting,
+        "most_open": watched.most_open,
         "preemptions": watched.preemptions,
         "longest_health_seconds": round(watched.health, 3),
         "memory": lives,
