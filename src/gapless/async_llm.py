@@ -195,9 +195,10 @@ class RequestStream(AsyncIterator[RequestOutput]):
         return self._generation.usage
 
     @property
-    def first_heard(self) -> float | None:
-        """time.monotonic() when the first token came, whether it was read or not; None before."""
-        return self._generation.first_heard
+    def heard(self) -> tuple[float, float] | None:
+        """time.monotonic() when the first and the last so far of its tokens came, read or not; None before."""
+        first, last = self._generation.first_heard, self._generation.last_heard
+        return None if first is None or last is None else (first, last)
 
     def __aiter__(self) -> Self:
         return self
@@ -329,9 +330,11 @@ class _Desk:
             self._wake(list(self._waiting))
         else:
             changed = self._collector.take(record)
+            now = time.monotonic()
             for each in changed:
+                each.last_heard = now
                 if each.first_heard is None:
-                    each.first_heard = time.monotonic()
+                    each.first_heard = now
             self._wake(
                 each.request_id
                 for each in changed

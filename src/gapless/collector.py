@@ -170,7 +170,8 @@ class Continuation:
 class Generation:
     """What is known of one prompt: its continuations, and the log probabilities of its tokens.
 
-    first_heard  time.monotonic() when the first of it came; None before, and where nobody takes note of it
+    first_heard, last_heard  time.monotonic() when the first and the last so far of it came; None before, and where
+                             nobody takes note of it
     """
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer | None) -> None:
@@ -181,6 +182,7 @@ class Generation:
         ]
         self.cached_tokens = 0
         self.first_heard: float | None = None
+        self.last_heard: float | None = None
         self._going_on = len(self.continuations)
         self._prompt_token_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]

@@ -1,15 +1,15 @@
 // Drives the page of a server in Chromium. Prints {check: null or what went wrong} as JSON.
 //
-//   node drive.mjs URL KEY TOOLS [SHOTS]
+//   node drive.mjs URL PID KEY TOOLS [SHOTS]
 //
-// KEY is the server's API key, TOOLS a folder with node_modules of playwright-core and maybe axe-core, SHOTS a folder
-// for screenshots.
+// PID is the server's process and KEY its API key, TOOLS a folder with node_modules of playwright-core and maybe
+// axe-core, SHOTS a folder for screenshots.
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
-const [url, key, tools, shots] = process.argv.slice(2);
+const [url, pid, key, tools, shots] = process.argv.slice(2);
 const require = createRequire(join(tools, "node_modules/"));
 const { chromium } = require("playwright-core");
 const axe = found("axe-core");
@@ -28,9 +28,10 @@ const context = await browser.newContext({ viewport: WIDE, colorScheme: "light",
 const page = await context.newPage();
 page.setDefaultTimeout(30_000);
 const complaints = [];
+let engineIsGone = false; // while it is, the console tells of many a 503
 const elsewhere = [];
 page.on("console", (message) => {
-  const expected = /status of (400|401)/.test(message.text()); // the checks bring these about
+  const expected = (engineIsGone ? /status of 503/ : /status of (400|401)/).test(message.text()); // a check's doing
   if (["error", "warning"].includes(message.type()) && !expected) complaints.push(message.text());
 });
 page.on("pageerror", (error) => complaints.push(error.message));
@@ -130,6 +131,35 @@ const checks = {
     await page.getByLabel("JSON schema of the answer").fill("");
     await page.getByLabel("Max tokens").fill("256");
     await page.locator(".parameters summary").click();
+    await page.getByRole("button", { name: "Clear" }).click();
+  },
+
+  async "thoughts stand apart from the answer, and are not said again"() {
+    const bodies = [];
+    await page.route("**/v1/chat/completions", async (route) => {
+      bodies.push(route.request().postDataJSON());
+      const deltas = [{ reasoning_content: "It is " }, { reasoning_content: "<b>12</b>." }, { content: "Twelve." }];
+      const chunks = deltas.map((delta) => ({ choices: [{ index: 0, delta, finish_reason: null }] }));
+      chunks.push({ choices: [{ index: 0, delta: {}, finish_reason: "stop" }] });
+      const body = [...chunks.map((chunk) => JSON.stringify(chunk)), "[DONE]"].map((data) => `data: ${data}\n\n`).join("");
+      await route.fulfill({ contentType: "text/event-stream", body });
+    });
+    for (const text of ["Three times four?", "And again?"]) {
+      await page.getByLabel("Message", { exact: true }).fill(text);
+      await page.getByRole("button", { name: "Send" }).click();
+      await ended();
+      await answer.locator(".text", { hasText: "Twelve." }).waitFor();
+    }
+    assert.equal(await answers.count(), 2);
+    const thoughts = answer.locator("details.thoughts");
+    assert.equal(await thoughts.getAttribute("open"), null); // the answer is what counts, now that there is one
+    await thoughts.locator("summary").click();
+    assert.equal(await thoughts.locator(".text").textContent(), "It is <b>12</b>.");
+    assert.deepEqual(
+      bodies[1].messages.map(({ content }) => content),
+      ["Three times four?", "Twelve.", "And again?"],
+    );
+    await page.unroute("**/v1/chat/completions");
     await page.getByRole("button", { name: "Clear" }).click();
   },
 
@@ -257,11 +287,33 @@ const checks = {
     assert.equal(await paper(), light);
   },
 
+  async "an engine that dies is told, and the page goes on with the next one"() {
+    await page.getByRole("button", { name: "Why is the sky blue?" }).click();
+    const grows = () => page.waitForFunction(() => document.querySelector(".turn.model .text")?.textContent.length > 0);
+    await grows();
+    engineIsGone = true;
+    process.kill(enginePid(), "SIGKILL");
+    await answer.getByRole("alert").getByText("the engine has failed").waitFor();
+    await page.locator(".lamp.unavailable").waitFor();
+    await page.locator(".lamp.ready").waitFor({ timeout: 90_000 });
+    engineIsGone = false;
+    await answer.getByRole("button", { name: "Try again" }).click();
+    await grows();
+    await page.getByRole("button", { name: "Stop", exact: true }).click();
+    await answer.getByText("stopped by you").waitFor();
+  },
+
   async "the console is silent, and nothing was asked of another host"() {
     assert.deepEqual(complaints, []);
     assert.deepEqual(elsewhere, []);
   },
 };
+
+function enginePid() {
+  const tasks = readdirSync(`/proc/${pid}/task`);
+  const children = tasks.flatMap((task) => readFileSync(`/proc/${pid}/task/${task}/children`, "utf8").split(" ").filter(Boolean));
+  return Number(children.find((child) => readFileSync(`/proc/${child}/cmdline`, "utf8").includes("engine_process")));
+}
 
 function found(name) {
   try {

@@ -44,7 +44,8 @@ def tools() -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Its address and its process."""
     log = tmp_path_factory.mktemp("page") / "server.log"
     command = [sys.executable, "-c", "from gapless.cli.main import main; main()", "serve", "--port", "0"]
     with log.open("w") as output:
@@ -59,19 +60,18 @@ def url(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         address = found()
         assert address is not None, log.read_text()
         eventually(lambda: httpx.get(f"{address}/ready").status_code == 200)
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(60)
 
 
 @pytest.fixture(scope="module")
-def results(tools: Path, url: str) -> Results:
+def results(tools: Path, server: tuple[str, int]) -> Results:
     """Of each check: None, or what went wrong."""
     shots = os.environ.get("PAGE_SHOTS", "")
-    ran = subprocess.run(
-        ["node", str(SCRIPT), url, KEY, str(tools.resolve()), shots], capture_output=True, text=True, timeout=SECONDS
-    )
+    command = ["node", str(SCRIPT), server[0], str(server[1]), KEY, str(tools.resolve()), shots]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 

@@ -126,18 +126,31 @@ def test_tokens_that_come_together_share_the_time(context: Context, observer: Se
     assert value(context, "gapless_inter_token_latency_seconds_bucket", le="0.01") == 4
 
 
-def test_an_answer_that_comes_as_a_whole_is_timed_by_its_first_token(
+def test_an_answer_that_comes_as_a_whole_is_timed_by_its_first_and_last_token(
     context: Context, observer: ServerObserver, clock: Clock
 ):
     watch = observer.opened("a", "/v1/completions")
     clock.now += 1.0
-    watch.tokens(5, clock.now - 0.8)
+    watch.tokens(5, 0, (clock.now - 0.8, clock.now - 0.4))
     assert value(context, "gapless_time_to_first_token_seconds_sum") == pytest.approx(0.2)
     assert value(context, "gapless_inter_token_latency_seconds_count") == 4
-    assert value(context, "gapless_inter_token_latency_seconds_sum") == pytest.approx(0.8)
-    observer.opened("b", "/v1/completions").tokens(1, clock.now)
+    assert value(context, "gapless_inter_token_latency_seconds_sum") == pytest.approx(0.4)
+    observer.opened("b", "/v1/completions").tokens(1, 0, (clock.now, clock.now))
     assert value(context, "gapless_time_to_first_token_seconds_count") == 2
     assert value(context, "gapless_inter_token_latency_seconds_count") == 4
+
+
+def test_tokens_of_several_continuations_have_each_the_time_since_its_own_last(
+    context: Context, observer: ServerObserver, clock: Clock
+):
+    watch = observer.opened("a", "/v1/completions")
+    for _ in range(3):
+        clock.now += 0.1
+        for of in range(8):
+            watch.tokens(1, of)
+    assert value(context, "gapless_time_to_first_token_seconds_count") == 1
+    assert value(context, "gapless_inter_token_latency_seconds_count") == 16
+    assert value(context, "gapless_inter_token_latency_seconds_sum") == pytest.approx(1.6)
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "error"])

@@ -51,7 +51,7 @@ class SeenWatch:
     count: int = 0
     ends: list[tuple[str, Usage | None]] = field(default_factory=list[tuple[str, Usage | None]])
 
-    def tokens(self, count: int, first: float | None = None) -> None:
+    def tokens(self, count: int, of: int = 0, times: tuple[float, float] | None = None) -> None:
         self.count += count
 
     def ended(self, reason: str, usage: Usage | None) -> None:

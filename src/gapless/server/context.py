@@ -92,9 +92,11 @@ class EngineSource(Protocol):
 class Watch(Protocol):
     """One request, as it goes: told by the code that serves it."""
 
-    def tokens(self, count: int, first: float | None = None) -> None:
-        """So many new tokens came, of all continuations together: the first of them at `first` (time.monotonic()), the
-        last one now; without it all of them now."""
+    def tokens(self, count: int, of: int = 0, times: tuple[float, float] | None = None) -> None:
+        """So many new tokens of one continuation came; `of` tells it from the request's others.
+
+        times  time.monotonic() of the first and the last of them; None: all of them came now
+        """
         ...
 
     def ended(self, reason: str, usage: Usage | None) -> None:

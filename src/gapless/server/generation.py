@@ -14,6 +14,7 @@ from gapless.collector import Prepared
 from gapless.errors import InvalidRequestError
 from gapless.loading import Loaded
 from gapless.outputs import RequestOutput, Usage
+from gapless.params import MAX_N
 from gapless.server.context import Context, UnavailableError, Watch
 from gapless.server.http.depends import request_id_of
 from gapless.server.http.errors import ApiError, ClientGoneError
@@ -99,13 +100,16 @@ class Job:
         """The outputs in the order of their prompts. Raises ClientGoneError, UnavailableError, EngineDeadError,
         ApiError."""
         outputs: list[RequestOutput] = []
+        heard: list[tuple[tuple[float, float], int]] = []
         async with self.watching():
-            count = 0
-            for stream in self._streams:
+            for place, stream in enumerate(self._streams):
                 async for output in stream:
-                    count += self._book(output)
+                    self._check(output)
                     outputs.append(output)
-            self._tell(count, min((each.first_heard for each in self._streams if each.first_heard), default=None))
+                    if stream.heard is not None:
+                        heard.append((stream.heard, place))
+            for times, place in sorted(heard):
+                self._tell(place, outputs[place], times)
         if self._gone:
             raise _gone()
         return outputs
@@ -119,7 +123,8 @@ class Job:
             output = await self._streams[0].__anext__()
         except StopAsyncIteration:
             return None
-        self._tell(self._book(output))
+        self._check(output)
+        self._tell(0, output)
         return ((0, output),)
 
     @asynccontextmanager
@@ -185,29 +190,28 @@ class Job:
         for place, task in sorted(((self._waiting.pop(task), task) for task in done), key=lambda pair: pair[0]):
             output = task.result()
             if output is not None:
-                self._tell(self._book(output))
+                self._check(output)
+                self._tell(place, output)
                 batch.append((place, output))
                 if not output.finished:
                     self._waiting[_next_of(self._streams[place])] = place
         return batch
 
-    def _book(self, output: RequestOutput) -> int:
-        """Returns its new tokens. Raises ApiError, UnavailableError for an end that is no answer."""
+    def _check(self, output: RequestOutput) -> None:
+        """Raises ApiError, UnavailableError for an end that is no answer."""
         self._finished += output.finished
-        count = 0
         for each in output.outputs:
-            count += len(each.token_ids)
             if each.finish_reason is not None:
                 self._reason = each.finish_reason
                 if each.finish_reason == "error":
                     raise ApiError(400, f"the answer can not go on: {each.error}", code="answer_failed")
                 if each.finish_reason == "cancelled":
                     raise UnavailableError("the server has cancelled this request")
-        return count
 
-    def _tell(self, count: int, first: float | None = None) -> None:
+    def _tell(self, place: int, output: RequestOutput, times: tuple[float, float] | None = None) -> None:
         assert self._watch is not None
-        self._watch.tokens(count, first)
+        for each in output.outputs:
+            self._watch.tokens(len(each.token_ids), place * MAX_N + each.index, times)
 
 
 def _next_of(stream: RequestStream) -> asyncio.Task[RequestOutput | None]:

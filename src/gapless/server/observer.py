@@ -64,9 +64,8 @@ class ServerObserver:
     open                         requests that are queued or run
     opened_total                 those and all before
     ended_total, refused_total   by reason, by status
-    ttft, inter_token, e2e       seconds to the first token; between tokens of a request, all its continuations
-                                 together, which of an answer that comes as a whole is their mean; and to the end, of
-                                 requests that got their answer
+    ttft, inter_token, e2e       seconds to a request's first token; between the tokens of a continuation, the mean of
+                                 those that come together; and to the end, of requests that got their answer
     engine                       what the engine says
     """
 
@@ -124,23 +123,25 @@ class RequestWatch:
         self._request_id = request_id
         self._endpoint = endpoint
         self._traceparent = traceparent
-        self._begin = self._last = observer.clock()
+        self._begin = observer.clock()
+        self._last: dict[int, float] = {}
         self._tokens = 0
         self._ttft: float | None = None
         self._over = False
 
-    def tokens(self, count: int, first: float | None = None) -> None:
+    def tokens(self, count: int, of: int = 0, times: tuple[float, float] | None = None) -> None:
         if count <= 0:
             return
-        now, later = self._observer.clock(), count
+        now, observer = self._observer.clock(), self._observer
+        first, last = (now, now) if times is None else times
         if self._ttft is None:
-            self._last = now if first is None else first
-            self._ttft = self._last - self._begin
-            self._observer.ttft.add(self._ttft, 1, now)
-            later = 0 if first is None else count - 1
+            self._ttft = first - self._begin
+            observer.ttft.add(self._ttft, 1, now)
+        before = self._last.get(of)
+        since, later = (first, count - 1 if first < last else 0) if before is None else (before, count)
         if later:
-            self._observer.inter_token.add((now - self._last) / later, later, now)
-        self._last = now
+            observer.inter_token.add((last - since) / later, later, now)
+        self._last[of] = last
         self._tokens += count
 
     def ended(self, reason: str, usage: Usage | None) -> None:
