@@ -1,4 +1,4 @@
-"""What routes get from the request's surroundings."""
+"""What routes get from the request. FastAPI runs on a thread what is not `async`, which costs a request 0.3 ms each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from gapless.server.context import Context
 
 
-def get_context(request: Request) -> Context:
+async def get_context(request: Request) -> Context:
     """The server's."""
     return cast("Context", request.app.state.context)
 
@@ -19,5 +19,9 @@ def request_id_of(request: Request) -> str:
     return cast("str", request.state.request_id)
 
 
+async def _get_request_id(request: Request) -> str:
+    return request_id_of(request)
+
+
 ServerContext = Annotated[Context, Depends(get_context)]
-RequestId = Annotated[str, Depends(request_id_of)]
+RequestId = Annotated[str, Depends(_get_request_id)]
