@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,12 @@ class Watched:
         self.most_running = max(self.most_running, stats.get("running", 0))
         self.most_waiting = max(self.most_waiting, stats.get("waiting", 0))
         self.most_open = max(self.most_open, stats.get("running", 0) + stats.get("waiting", 0))
+
+    def front_lives(self) -> list[list[tuple[float, float]]]:
+        """The front's memory before the first kill, between kills, and after the last: errors for everybody who waits
+        and all of them coming back take some of it, once."""
+        borders = [0.0, *(back for _, back in self.kills), math.inf]
+        return [[each for each in self.front if begin <= each[0] < end] for begin, end in pairwise(borders)]
 
     def take(self, probes: str) -> None:
         """What load_probe.py has printed."""
@@ -245,7 +253,7 @@ def report(server: Server, options: argparse.Namespace, tally: Tally, watched: W
         failures.append(f"/health was asked {watched.probes} times only")
     if not options.tiny and tally.greedy >= 20 and tally.repeated < tally.greedy / 2:
         failures.append(f"only {tally.repeated} of {tally.greedy} answers have their own marker: the test sees nothing")
-    lives = {"front": growth(watched.front)}
+    lives = {f"front, life {place} of the engine": growth(part) for place, part in enumerate(watched.front_lives(), 1)}
     lives |= {f"engine {place}": growth(samples) for place, samples in enumerate(watched.engines.values(), 1)}
     for name, life in lives.items() if not options.crowd else ():  # whose KV blocks are used for the first time
         if life and life["last_minute_mib"] - life["second_minute_mib"] > max(

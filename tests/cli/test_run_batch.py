@@ -18,6 +18,7 @@ import pytest
 
 from cli.conftest import Ran
 from gapless.server.batch import only_run
+from support.processes import lines_in
 from support.waiting import eventually
 
 Spawn = Callable[[Sequence[str]], "subprocess.Popen[str]"]
@@ -81,9 +82,9 @@ def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_line(
     assert whole.status == 1
     out = tmp_path / "out"
     for kill in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
-        before = out.read_bytes().count(b"\n") if out.exists() else 0
+        before = lines_in(out)
         process = spawn([*argv, *(["--resume"] if before else [])])
-        eventually(lambda: out.exists() and out.read_bytes().count(b"\n") >= before + 5)  # noqa: B023
+        eventually(lambda: lines_in(out) >= before + 5)  # noqa: B023
         process.send_signal(kill)
         _, err = process.communicate(timeout=60)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[kill]
@@ -187,7 +188,7 @@ def test_an_engine_that_dies_costs_no_line(argv: list[str], spawn: Spawn, tmp_pa
     write(tmp_path / "in", [request(f"r{n}", max_tokens=300) for n in range(30)])
     process = spawn(argv)
     out = tmp_path / "out"
-    eventually(lambda: out.exists() and out.read_bytes().count(b"\n") >= 2)
+    eventually(lambda: lines_in(out) >= 2)
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     for child in [child for file in children for child in file.read_text().split()]:
         subprocess.run(["kill", "-9", child], check=True)

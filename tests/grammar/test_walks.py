@@ -13,11 +13,12 @@ from gapless.grammar.compiler import GrammarCompiler
 from gapless.grammar.matcher import Grammar
 from gapless.grammar.spec import GrammarSpec
 from gapless.text.tokenizer import Tokenizer
+from support.effort import effort
 from support.grammars import STOPS, Walker, allowed
 from support.random_schemas import random_regex, random_schema
 
-SCHEMAS = 120
-PART = 40
+PART = effort(25, 40)
+SCHEMAS = 3 * PART
 
 
 def ended_walk(grammar: Grammar, walker: Walker, hasty: Walker, tokenizer: Tokenizer, most: int) -> str:
@@ -48,7 +49,7 @@ def test_a_json_object_can_be_read(compiler: GrammarCompiler, smollm: Tokenizer,
     spec = GrammarSpec.of(json_object=True)
     assert spec is not None
     walker, hasty = Walker(smollm, 5, haste), Walker(smollm, 6, 0.9)
-    for _ in range(40):
+    for _ in range(effort(12, 40)):
         text = ended_walk(compiler.compile(spec), walker, hasty, smollm, 80)
         assert isinstance(json.loads(text), dict)
 

@@ -14,6 +14,7 @@ import pytest
 from gapless.params import SamplingParams
 from gapless.request import FinishReason
 from gapless.sampling.torch_sampler import TorchSampler
+from support.effort import effort
 from support.sim.oracle import answer_of_the_real_sampler
 from support.sim.parts import Parts
 from support.sim.rig import Result, run
@@ -93,12 +94,12 @@ def test_tokens_are_the_same_at_every_lookahead(name: str, temperature: float):
 @pytest.mark.parametrize("name", ASKED)
 def test_and_they_stay_the_same_when_everybody_is_preempted(name: str, lookahead: int):
     undisturbed, preemptions = run_at(lookahead, ASKED[name], 1.0), 0
-    for point in (25, 55, 85):
+    for point in (25, 85, 55)[: effort(2, 3)]:
         preempts = [Move(point + number, "preempt", number) for number in range(4)]
         result = run_at(lookahead, ASKED[name], 1.0, *preempts)
         assert result.tokens == undisturbed.tokens
         preemptions += result.preemptions
-    assert preemptions > 2
+    assert preemptions > effort(1, 2)
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)

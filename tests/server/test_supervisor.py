@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import signal
 import subprocess
+import weakref
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gapless.async_llm import AsyncLLM
 from gapless.config import EngineConfig
 from gapless.errors import EngineDeadError
+from gapless.params import SamplingParams
 from gapless.server import supervisor
 from gapless.server.context import UnavailableError
 from gapless.server.supervisor import Supervisor, start_message
+from server.test_security import folder_of
 
 START = start_message("none", EngineConfig(), load="auto", shape=None, tokenizer=None, timeline=0)
 
@@ -59,6 +67,44 @@ def test_one_that_is_closed_between_two_lives_starts_no_other(monkeypatch: pytes
     asyncio.run(main())
     assert lives == [True]
     assert not dead
+
+
+@pytest.mark.slow
+def test_nothing_of_an_engine_that_died_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Though somebody waited for each of 50 answers when it did."""
+    monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", 0.0)
+    config = EngineConfig(device="cpu", num_blocks=64, max_rows=8)
+    folder = str(folder_of(tmp_path / "model"))
+    start = start_message(folder, config, load="random", shape=None, tokenizer=None, timeline=10)
+
+    async def wait_for(llm: AsyncLLM) -> None:
+        with pytest.raises(EngineDeadError):
+            async for _ in llm.generate([1, 2, 3], SamplingParams(max_tokens=500, ignore_eos=True)):
+                pass
+
+    async def main() -> bool:
+        found = Supervisor(start)
+        running = asyncio.create_task(found.run())
+        while found.state != "ready":
+            await asyncio.sleep(0.01)
+        first, pid = weakref.ref(found.llm), found.pid
+        waiting = [asyncio.create_task(wait_for(found.llm)) for _ in range(50)]
+        await asyncio.sleep(0.2)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.gather(*waiting)
+        while found.state != "ready":
+            await asyncio.sleep(0.01)
+        assert found.pid != pid
+        await asyncio.sleep(0.2)
+        del waiting
+        gc.collect()
+        kept = first() is not None
+        await found.close()
+        await running
+        return kept
+
+    assert not asyncio.run(main())
 
 
 def test_what_a_dying_engine_says_of_itself_is_not_told_to_who_asks_how_it_stands():

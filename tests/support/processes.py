@@ -23,6 +23,14 @@ def killed_after(process: subprocess.Popen[AnyStr]) -> Generator[subprocess.Pope
                     pipe.close()
 
 
+def lines_in(path: Path) -> int:
+    """Whole lines of such a file."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file that another process writes, 0 where there is none: it may be tried and taken away at first."""
     try:
