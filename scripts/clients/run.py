@@ -1,10 +1,9 @@
 """Runs clients against `gapless serve`, each in a virtual environment of its own under .clients/.
 
-python scripts/clients/run.py [--installable] [--quick] [openai] [schemathesis] [lm-eval] [guidellm]
+python scripts/clients/run.py [--installable] [openai] [schemathesis] [lm-eval] [guidellm]      (all without a name)
 
-All of them without a name. Prints a line for each, and ends with status 1 if one failed. With --installable what pip
-can not install is left out; with --quick schemathesis makes up fewer requests. docs/clients.md says what each of them
-checks.
+Prints a line for each, and ends with status 1 if one failed; with --installable what pip can not install is left out.
+docs/clients.md says what each of them checks.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ REPORT = ROOT / "docs" / "clients" / "guidellm.json"
 GUIDELLM_SECONDS = 30
 CLIENT_SECONDS = 600.0
 FUZZED_LENGTH = 44  # tokens of prompt and answer: generated requests often ask for as many as there can be
-FUZZ_EXAMPLES, QUICK_EXAMPLES = 12, 2
+FUZZ_EXAMPLES = 12
 FUZZ_PARTS = (  # run side by side, as what takes long is to make up requests
     ("--include-path", "/v1/chat/completions"),
     ("--include-path", "/v1/completions"),
@@ -41,14 +40,10 @@ FUZZ_PARTS = (  # run side by side, as what takes long is to make up requests
 
 
 class Servers:
-    """The demo model, served once for all clients.
+    """The demo model, served once for all clients."""
 
-    examples  of each operation that schemathesis makes up, beside those that cover its bounds
-    """
-
-    def __init__(self, stack: ExitStack, examples: int = FUZZ_EXAMPLES) -> None:
+    def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self.examples = examples
 
     @cached_property
     def demo(self) -> str:
@@ -79,7 +74,7 @@ def schemathesis(servers: Servers) -> str:
     shape.write_text(json.dumps({**config, **small, "num_attention_heads": 2, "num_key_value_heads": 1}))
     random = ["--load", "random", "--shape", str(shape), "--tokenizer", str(servers.folder)]
     with serving(*random, "--served-model-name", MODEL, "--max-model-len", str(FUZZED_LENGTH)) as url:
-        running = [_fuzz(program, url, part, servers.examples) for part in FUZZ_PARTS]
+        running = [_fuzz(program, url, part) for part in FUZZ_PARTS]
         outs = [each.communicate(timeout=CLIENT_SECONDS)[0] for each in running]
     failed = [out for each, out in zip(running, outs, strict=True) if each.returncode != 0]
     if failed:
@@ -87,9 +82,9 @@ def schemathesis(servers: Servers) -> str:
     return f"{sum(map(report.count_cases, outs))} requests made up from the schema: every answer is as documented"
 
 
-def _fuzz(program: Path, url: str, part: Sequence[str], examples: int) -> subprocess.Popen[str]:
+def _fuzz(program: Path, url: str, part: Sequence[str]) -> subprocess.Popen[str]:
     options = ["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--phases", "coverage,fuzzing"]
-    options += ["--max-examples", str(examples), "--generation-deterministic", "--continue-on-failure"]
+    options += ["--max-examples", str(FUZZ_EXAMPLES), "--generation-deterministic", "--continue-on-failure"]
     options += ["--no-color", "--warnings", "off", "--request-timeout", "60", "-H", f"Authorization: Bearer {KEY}"]
     return subprocess.Popen(
         [str(program), "run", f"{url}/openapi.json", *options, *part],
@@ -160,15 +155,14 @@ ALL: dict[str, Callable[[Servers], str]] = {
 
 def main(names: Sequence[str]) -> int:
     """The exit status."""
-    leaves_out, quick = "--installable" in names, "--quick" in names
-    names = [name for name in names if name not in ("--installable", "--quick")]
+    leaves_out, names = "--installable" in names, [name for name in names if name != "--installable"]
     if unknown := [name for name in names if name not in ALL]:
         print(f"there is no client {unknown[0]}; there are {', '.join(ALL)}", file=sys.stderr)
         return 2
     failures = 0
     try:
         with ExitStack() as stack:
-            servers = Servers(stack, QUICK_EXAMPLES if quick else FUZZ_EXAMPLES)
+            servers = Servers(stack)
             for name in names or ALL:
                 start = time.monotonic()
                 try:
