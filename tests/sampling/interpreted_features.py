@@ -23,6 +23,7 @@ from gapless.sampling.records import RowFeatures
 from gapless.sampling.triton_features import EditTiles
 from gapless.sampling.triton_logprobs import LogprobTiles
 from gapless.sampling.triton_sampler import SamplerTiles, TritonSampler
+from support.effort import and_thoroughly
 from support.features import Case, random_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of an overflow; a GPU gives infinity
@@ -146,7 +147,7 @@ def test_logits_that_are_edited_in_passing_give_the_tokens_of_the_reference(
     assert torch.equal(sampler.sample(*arguments, all_greedy=False, features=features, masks=masks), expected_E)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 500])
+@pytest.mark.parametrize("programs", and_thoroughly([1, 500], [3]))
 def test_log_probabilities_have_the_same_bits_however_the_lines_are_shared_out(programs: int):
     rng = np.random.default_rng(5)
     lines_LV = random_logits(rng, 12, 700, torch.float32)
