@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import httpx
@@ -138,6 +138,24 @@ def test_the_last_one_who_sets_the_lookahead_has_his_way(engines: FakeEngines):
     assert leases(engines, (0, 0.05), (3, None)) == [0, 3, 3]
     assert leases(engines, (2, None), (0, 0.05)) == [2, 0, 2]
     assert leases(engines, (0, 3600.0)) == [0, 0]
+
+
+def test_a_lease_that_ends_while_another_lookahead_is_being_set_undoes_nothing(engines: FakeEngines):
+    engines.most = 3
+
+    async def slow(lookahead: int) -> None:
+        await asyncio.sleep(0.1 if lookahead == 3 else 0.0)
+        engines.now = replace(engines.now, lookahead=lookahead)
+
+    async def overlapping() -> int:
+        context = context_of(engines, ServerObserver())
+        await context.lookahead.set(0, 0.05)
+        engines.set_lookahead = slow
+        await context.lookahead.set(3, None)
+        await asyncio.sleep(0.1)
+        return engines.now.lookahead
+
+    assert asyncio.run(overlapping()) == 3
 
 
 def test_a_lookahead_that_can_not_be_leaves_the_lease(engines: FakeEngines):

@@ -35,5 +35,6 @@ class LookaheadLease:
 
     async def _give_back(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        with suppress(GaplessError):  # another engine begins with the usual one
-            await self._engines.set_lookahead(self._usual)
+        async with self._lock:  # whoever sets another one just now cancels this
+            with suppress(GaplessError):  # another engine begins with the usual one
+                await self._engines.set_lookahead(self._usual)
