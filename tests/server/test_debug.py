@@ -144,8 +144,8 @@ def test_a_lease_that_ends_while_another_lookahead_is_being_set_undoes_nothing(e
     engines.most = 3
 
     async def slow(lookahead: int) -> None:
-        await asyncio.sleep(0.1 if lookahead == 3 else 0.0)
         engines.now = replace(engines.now, lookahead=lookahead)
+        await asyncio.sleep(0.1 if lookahead == 3 else 0.0)  # the answer is late
 
     async def overlapping() -> int:
         context = context_of(engines, ServerObserver())
