@@ -27,7 +27,8 @@ export async function compare(model, lookahead, tell, signal) {
     }
     return best;
   } finally {
-    await post("debug/lookahead", { lookahead }).catch(() => {});
+    // ends the lease: the server goes back to what it had before, which another tab's comparison may hide from us
+    await post("debug/lookahead", { lookahead, seconds: 0.001 }).catch(() => {});
   }
 }
 
