@@ -185,6 +185,17 @@ def test_a_wrong_value_is_blamed_on_the_environment_or_the_option_it_came_from(
     assert "GAPLESS" not in ran.err
 
 
+@pytest.mark.parametrize("content", ["stop_token_id: 61", "stop-token-id: [3, 61]"])
+def test_an_option_that_may_be_repeated_may_stand_alone_in_a_file(
+    gapless: Gapless, options: list[str], tmp_path: Path, content: str
+):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    ran = gapless("generate", *options, "--config", str(file), "--raw", "abc")
+    assert ran.status == 2
+    assert "61 is outside the vocabulary" in ran.err
+
+
 def test_a_missing_config_file_ends_with_status_2(gapless: Gapless, tmp_path: Path):
     ran = gapless("chat", "--config", str(tmp_path / "none.yaml"))
     assert ran.status == 2

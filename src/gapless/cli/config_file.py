@@ -25,7 +25,11 @@ def apply_config_file(context: typer.Context, path: Path | None) -> Path | None:
         }
         values = read_config_file(path, set(flags))
         context.meta[_PATH] = path
-        context.default_map = {flags[name]: value for name, value in values.items()}
+        repeated = {option.name for option in context.command.params if getattr(option, "multiple", False)}
+        context.default_map = {
+            flags[name]: [value] if flags[name] in repeated and not isinstance(value, list) else value
+            for name, value in values.items()
+        }
     return path
 
 
