@@ -287,6 +287,15 @@ const checks = {
     assert.equal(await paper(), light);
   },
 
+  async "a language that Intl refuses does not stop it"() {
+    const odd = await browser.newContext(); // Chromium tells this one in the locale C
+    await odd.addInitScript(() => Object.defineProperty(Navigator.prototype, "language", { get: () => "en-US@posix" }));
+    const other = await odd.newPage();
+    await other.goto(url);
+    await other.getByLabel("Key", { exact: true }).waitFor({ timeout: 10_000 });
+    await odd.close();
+  },
+
   async "an engine that dies is told, and the page goes on with the next one"() {
     await page.getByRole("button", { name: "Why is the sky blue?" }).click();
     const grows = () => page.waitForFunction(() => document.querySelector(".turn.model .text")?.textContent.length > 0);

@@ -31,6 +31,7 @@ FILES = (
     "history.js",
     "key.js",
     "lanes.js",
+    "language.js",
     "mark.svg",
     "playground.css",
     "playground.js",
