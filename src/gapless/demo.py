@@ -144,6 +144,7 @@ def _show_next_steps(console: Console, compared: str) -> None:
         "\nNext (the command is in .venv/bin after make demo):\n"
         "  gapless chat                               talk to the model\n"
         '  gapless generate "Why is the sky blue?"    one answer\n'
+        "  gapless serve                              OpenAI's API and a page, at http://127.0.0.1:8000\n"
         "  gapless generate --help                    many answers, from a file\n"
         "  gapless bench --help                       measure this machine\n"
         f"\n{compared}\n"

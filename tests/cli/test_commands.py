@@ -292,6 +292,12 @@ def test_version_and_help(gapless: Gapless):
     assert gapless("no-such-command").status == 2
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "run-batch", "timeline", "env", "demo"])
+def test_no_option_is_cut_off_in_a_help_of_80_columns(gapless: Gapless, monkeypatch: pytest.MonkeyPatch, command: str):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in gapless(command, "--help").out
+
+
 def read_until(terminal: int, marker: str) -> str:
     """What the program shows up to and with a marker."""
     seen = ""

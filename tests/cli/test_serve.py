@@ -207,7 +207,7 @@ def test_an_engine_that_does_not_answer_is_told_of_at_health_and_ended(serve: Ca
 
 
 def test_without_a_restart_it_ends_with_its_engine(serve: Callable[..., Serving]):
-    server = serve("--no-restart-engine")
+    server = serve("--no-restart")
     server.ready()
     with server.streaming() as lines:
         os.kill(server.engine_pid(), signal.SIGKILL)

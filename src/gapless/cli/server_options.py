@@ -32,7 +32,7 @@ CorsOrigin = Annotated[
 Page = Annotated[bool, make_option("--page/--no-page", "Serve the page at /.", _SERVER)]
 RestartEngine = Annotated[
     bool,
-    make_option("--restart-engine/--no-restart-engine", "Start the engine once more if it dies; else end.", _SERVER),
+    make_option("--restart/--no-restart", "Start the engine once more if it dies; else end.", _SERVER),
 ]
 
 MaxOpen = Annotated[
@@ -41,7 +41,9 @@ MaxOpen = Annotated[
         "--max-open", "Answers open at once, waiting ones and all n of a prompt too; more are told 429.", _LIMITS
     ),
 ]
-MaxBody = Annotated[int, make_size("--max-body", "The most bytes of a request's body.", _LIMITS, show_default="8M")]
+MaxBody = Annotated[
+    int, make_size("--max-body", "The most bytes of a request's body (8M).", _LIMITS, show_default=False)
+]
 DrainSeconds = Annotated[
     float, make_option("--drain-seconds", "That running requests get to finish after SIGTERM.", _LIMITS)
 ]
