@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -13,7 +12,7 @@ from typing import Literal, Self, Unpack
 
 from torch import Tensor
 
-from gapless.collector import Collector, Generation, Prepared, dead_engine
+from gapless.collector import Collector, Generation, Heard, Prepared, dead_engine
 from gapless.config import EngineConfig
 from gapless.engine.core import EngineFailure, EngineStats, InFlight, patience
 from gapless.engine.handle import EngineHandle
@@ -195,10 +194,9 @@ class RequestStream(AsyncIterator[RequestOutput]):
         return self._generation.usage
 
     @property
-    def heard(self) -> tuple[float, float] | None:
-        """time.monotonic() when the first and the last so far of its tokens came, read or not; None before."""
-        first, last = self._generation.first_heard, self._generation.last_heard
-        return None if first is None or last is None else (first, last)
+    def heard(self) -> list[tuple[int, Heard]]:
+        """Of each continuation that has tokens, read or not: its index, and when they came."""
+        return [(each.index, each.heard) for each in self._generation.continuations if each.heard is not None]
 
     def __aiter__(self) -> Self:
         return self
@@ -329,15 +327,9 @@ class _Desk:
             self._failure = self._failure or record
             self._wake(list(self._waiting))
         else:
-            changed = self._collector.take(record)
-            now = time.monotonic()
-            for each in changed:
-                each.last_heard = now
-                if each.first_heard is None:
-                    each.first_heard = now
             self._wake(
                 each.request_id
-                for each in changed
+                for each in self._collector.take(record)
                 if each.request_id in self._waiting and (each.finished or not self._waiting[each.request_id][1])
             )
 

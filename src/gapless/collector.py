@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,12 +53,22 @@ class Prepared:
 
 
 @dataclass(slots=True, eq=False)
+class Heard:
+    """How many tokens of a continuation came, read or not, and time.monotonic() of the first and the last of them."""
+
+    tokens: int
+    first: float
+    last: float
+
+
+@dataclass(slots=True, eq=False)
 class Continuation:
     """One of n, as far as it is known. Text is made when somebody asks for it.
 
     Asked once at the end it is decoded at once; asked along the way it comes from an incremental detokenizer. Both
     give the same text.
 
+    heard   None before its first token
     read    token ids whose text is in `text`
     closed  all of the text is in `text`
     """
@@ -71,6 +82,7 @@ class Continuation:
     finish_reason: FinishWord | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    heard: Heard | None = None
     text: str = ""
     read: int = 0
     closed: bool = False
@@ -168,11 +180,7 @@ class Continuation:
 
 
 class Generation:
-    """What is known of one prompt: its continuations, and the log probabilities of its tokens.
-
-    first_heard, last_heard  time.monotonic() when the first and the last so far of it came; None before, and where
-                             nobody takes note of it
-    """
+    """What is known of one prompt: its continuations, and the log probabilities of its tokens."""
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer | None) -> None:
         self.prepared = prepared
@@ -181,8 +189,6 @@ class Generation:
             Continuation(index, request, tokenizer, prepared.echo) for index, request in enumerate(prepared.requests)
         ]
         self.cached_tokens = 0
-        self.first_heard: float | None = None
-        self.last_heard: float | None = None
         self._going_on = len(self.continuations)
         self._prompt_token_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprob | None] = [None]
@@ -296,6 +302,7 @@ class Collector:
             if generation is not None:
                 generation.add_prompt_logprobs(piece)
         logprobs = None if record.logprobs is None else _Logprobs(record.logprobs)
+        now = time.monotonic()
         for place, (request_id, token) in enumerate(
             zip(record.request_ids.tolist(), record.tokens.tolist(), strict=True)
         ):
@@ -303,6 +310,11 @@ class Collector:
             if found is not None:
                 generation, continuation = found
                 continuation.token_ids.append(token)
+                if (heard := continuation.heard) is None:
+                    continuation.heard = Heard(1, now, now)
+                else:
+                    heard.tokens += 1
+                    heard.last = now
                 if (count := continuation.request.params.logprobs) is not None:
                     continuation.logprobs.append(_logprob_of(token, logprobs, place, count))
                 changed[generation.request_id] = generation

@@ -78,6 +78,22 @@ class TripModel(HashModel):
         return super().forward(tokens_T, kv, batch)
 
 
+class GatedModel(HashModel):
+    """Once it is `gated`, a step waits until it may go on: gate.release(n) lets n of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = False
+        self.gate = threading.Semaphore(0)
+        self.begun = 0  # steps, since it is gated
+
+    def forward(self, tokens_T: Tensor, kv: Sequence[LayerKV], batch: AttentionBatch) -> Tensor:
+        if self.gated:
+            self.begun += 1
+            self.gate.acquire()
+        return super().forward(tokens_T, kv, batch)
+
+
 class InterruptModel(TripModel):
     """Presses Ctrl-C."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 
 from gapless import SamplingParams
 from gapless.outputs import CompletionOutput, RequestOutput, Usage
+from gapless.params import MAX_N
 from gapless.server.answers import AnswerParser, Content, Reasoning, ToolCallArguments, ToolCallBegin
 from gapless.server.protocol.chat import ChatRequest
 from gapless.server.protocol.completions import CompletionRequest
@@ -403,6 +405,23 @@ def test_the_observer_sees_requests_tokens_and_their_ends(demo_server: RunningSe
     assert usage is not None
     assert usage.completion_tokens == 10
     assert demo_server.context.open == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_observer_hears_when_the_tokens_of_each_answer_came(demo_server: RunningServer, stream: bool):
+    begun = time.monotonic()
+    body = {"prompt": ["a", "b"], "max_tokens": 6, "ignore_eos": True, "stream": stream, "n": 2}
+    assert httpx.post(f"{demo_server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    told = demo_server.observer.watches[-1].heard
+    answers = {of: [each for each in told if each.of == of] for of in (0, 1, MAX_N, MAX_N + 1)}
+    assert sum(len(each) for each in answers.values()) == len(told)
+    for each in answers.values():
+        assert sum(heard.count for heard in each) == 6
+        assert len({heard.first for heard in each}) == 1
+        times = [begun, each[0].first, *(heard.last for heard in each), time.monotonic()]
+        assert times == sorted(times)
+        assert each[-1].last - each[0].first > 0
+        assert stream or len(each) == 1
 
 
 def test_the_schema_says_everything_it_refers_to(demo_server: RunningServer):

@@ -16,7 +16,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
-from frontend.tiny import TripModel, tiny_engine
+from frontend.tiny import GatedModel, TripModel, tiny_engine
 from gapless.server.app import create_app
 from gapless.server.http import sse
 from gapless.server.http.auth import is_public, needs_key
@@ -172,6 +172,23 @@ def test_a_client_that_leaves_frees_its_blocks(demo_server: RunningServer, strea
     assert usage.completion_tokens < 1000
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_step_is_begun_for_a_client_that_has_left(stream: bool):
+    model = GatedModel()
+    with running_server(tiny_engine(model, lookahead=1)) as server:
+        model.gated = True
+        body = json.dumps({"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": stream}).encode()
+        head = f"POST /v1/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(body)}\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+            model.gate.release(8)
+            eventually(lambda: model.begun == 9)
+        eventually(lambda: server.context.open == 0)
+        model.gate.release(1000)
+        eventually(lambda: server.engine.held_blocks == 0)
+        assert model.begun <= 10  # the one that ran, and the one that was queued behind it
+
+
 async def read_stream(server: RunningServer, taken: Callable[[], Awaitable[None]]) -> list[bytes]:
     """The parts of a long answer, each of which the client takes when `taken` is over."""
     body = json.dumps({"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
@@ -204,13 +221,21 @@ async def read_stream(server: RunningServer, taken: Callable[[], Awaitable[None]
 def test_a_slow_reader_gets_longer_deltas_and_holds_nobody():
     """Its first part is not taken before the engine has nothing left to do."""
     with running_server(tiny_engine(lookahead=1)) as server:
+        done: list[float] = []
 
         async def engine_is_idle() -> None:
             while server.engine.held_blocks:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
+            if not done:
+                await asyncio.sleep(0.1)  # the last record is on its way
+                done.append(time.monotonic())
+                await asyncio.sleep(0.1)
 
         parts = server.run(lambda: read_stream(server, engine_is_idle))
     assert len(parts) < 10  # not one for each of the hundred tokens
+    (watch,) = server.observer.watches
+    assert watch.count == 100
+    assert max(each.last for each in watch.heard) <= done[0]  # the pauses are the reader's, not the tokens'
     assert parts[-1].endswith(b"data: [DONE]\n\n")
 
 
@@ -237,6 +262,7 @@ def test_an_engine_that_dies_ends_requests_with_503_and_tells_nothing_of_it():
         whole = httpx.post(f"{server.url}/v1/completions", json={**PROMPT, "max_tokens": 50})
         stream = httpx.post(f"{server.url}/v1/completions", json={**PROMPT, "stream": True})
         assert whole.status_code == 503
+        assert 0 < server.observer.watches[0].count < 5  # which came before, though nobody got them
         assert stream.status_code == 503
         assert "tripped" not in whole.text + stream.text
         server.engine.state = "dead"

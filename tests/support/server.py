@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import threading
 import time
@@ -43,16 +44,28 @@ class Seen:
         self.refusals.append((request_id, endpoint, status))
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a watch was told of tokens that came."""
+
+    count: int
+    of: int
+    first: float
+    last: float
+
+
 @dataclass
 class SeenWatch:
     request_id: str
     endpoint: str
     traceparent: str | None
     count: int = 0
+    heard: list[Heard] = field(default_factory=list["Heard"])
     ends: list[tuple[str, Usage | None]] = field(default_factory=list[tuple[str, Usage | None]])
 
     def tokens(self, count: int, of: int = 0, times: tuple[float, float] | None = None) -> None:
         self.count += count
+        self.heard.append(Heard(count, of, *(times or (math.nan, math.nan))))
 
     def ended(self, reason: str, usage: Usage | None) -> None:
         self.ends.append((reason, usage))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Self
 
@@ -41,6 +42,7 @@ class Job:
         self._finished = 0
         self._reason = ""
         self._watch: Watch | None = None
+        self._told: Counter[int] = Counter()  # tokens, by continuation
         self._entered = 0
         self._gone = False
         try:
@@ -100,16 +102,11 @@ class Job:
         """The outputs in the order of their prompts. Raises ClientGoneError, UnavailableError, EngineDeadError,
         ApiError."""
         outputs: list[RequestOutput] = []
-        heard: list[tuple[tuple[float, float], int]] = []
         async with self.watching():
-            for place, stream in enumerate(self._streams):
+            for stream in self._streams:
                 async for output in stream:
                     self._check(output)
                     outputs.append(output)
-                    if stream.heard is not None:
-                        heard.append((stream.heard, place))
-            for times, place in sorted(heard):
-                self._tell(place, outputs[place], times)
         if self._gone:
             raise _gone()
         return outputs
@@ -123,8 +120,8 @@ class Job:
             output = await self._streams[0].__anext__()
         except StopAsyncIteration:
             return None
+        self._tell((0,))
         self._check(output)
-        self._tell(0, output)
         return ((0, output),)
 
     @asynccontextmanager
@@ -146,6 +143,7 @@ class Job:
             self._entered -= 1
             self._context.leave()
         if self._watch is not None:
+            self._tell(range(len(self._streams)))
             watch, self._watch = self._watch, None
             over = self._finished == len(self._streams)
             watch.ended(self._reason if over else "cancelled" if self._gone else "error", self.usage)
@@ -184,6 +182,7 @@ class Job:
         if not self._waiting:
             return None
         done, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+        self._tell([self._waiting[task] for task in done])
         for task in done:
             task.exception()  # the first of them is raised below, and speaks for all
         batch: list[tuple[int, RequestOutput]] = []
@@ -191,7 +190,6 @@ class Job:
             output = task.result()
             if output is not None:
                 self._check(output)
-                self._tell(place, output)
                 batch.append((place, output))
                 if not output.finished:
                     self._waiting[_next_of(self._streams[place])] = place
@@ -208,10 +206,16 @@ class Job:
                 if each.finish_reason == "cancelled":
                     raise UnavailableError("the server has cancelled this request")
 
-    def _tell(self, place: int, output: RequestOutput, times: tuple[float, float] | None = None) -> None:
+    def _tell(self, places: Iterable[int]) -> None:
+        """The watch, of the tokens of these prompts that are new to it, by when they came and not by when they are
+        read, so that a slow reader's pauses are its own."""
         assert self._watch is not None
-        for each in output.outputs:
-            self._watch.tokens(len(each.token_ids), place * MAX_N + each.index, times)
+        for place in places:
+            for index, heard in self._streams[place].heard:
+                of = place * MAX_N + index
+                if new := heard.tokens - self._told[of]:
+                    self._told[of] = heard.tokens
+                    self._watch.tokens(new, of, (heard.first, heard.last))
 
 
 def _next_of(stream: RequestStream) -> asyncio.Task[RequestOutput | None]:
