@@ -39,6 +39,7 @@ page.on("request", (request) => {
   if (new URL(request.url()).origin !== new URL(url).origin) elsewhere.push(request.url());
 });
 await context.addInitScript(() => {
+  delete Crypto.prototype.randomUUID; // as where the page comes over plain http from another machine
   addEventListener("securitypolicyviolation", (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`));
 });
 
@@ -213,6 +214,12 @@ const checks = {
 
   async "the same load at both lookaheads stands on one time scale"() {
     await ended();
+    const setBy = (more) => page.request.post(`${url}debug/lookahead`, { headers: { "x-api-key": key }, data: { lookahead: 1, ...more } });
+    await page.getByRole("button", { name: "Compare 0 and 1" }).click();
+    await page.locator(".tile").getByText("lookahead 0").waitFor();
+    assert.equal((await setBy({ seconds: 60, lease: "another tab" })).status(), 409);
+    assert.equal((await setBy({})).status(), 200); // the switch of another tab
+    await page.getByRole("alert").getByText("The lookahead did not stay at 0").waitFor({ timeout: 120_000 });
     await page.getByRole("button", { name: "Compare 0 and 1" }).click();
     await page.getByRole("button", { name: "Compare again" }).waitFor({ timeout: 240_000 });
     const verdict = await page.locator(".timeline .status").textContent();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -187,6 +188,19 @@ def test_no_call_is_seen_where_none_may_come():
     assert plan([F], "none").parser("").push(CALL) == [Content(CALL)]
     begin, *_ = plan([F]).parser("").push(CALL)
     assert isinstance(begin, ToolCallBegin)
+
+
+@pytest.mark.parametrize("text", [f"\n{CALL}\n{CALL_G}", f"<think>so</think>\n{CALL}", f" {BARE}; {BARE}"])
+@pytest.mark.parametrize("choice", ["required", named("f")])
+def test_calls_that_must_come_and_are_cut_off_leave_no_pieces_as_content(text: str, choice: object):
+    forced = plan([F, G], choice, tag="think", dialect="llama3_json" if BARE in text else "hermes")
+    free = replace(forced, choice="auto")
+    for end in range(len(text)):
+        reader, other = forced.parser(""), free.parser("")
+        found = [*reader.push(text[:end]), *reader.finish()]
+        assert not any(isinstance(piece, Content) for piece in found)
+        calls = [piece for piece in [*other.push(text[:end]), *other.finish()] if not isinstance(piece, Content)]
+        assert [type(piece) for piece in found] == [type(piece) for piece in calls]
 
 
 def test_the_prompts_end_says_whether_the_answer_begins_in_thoughts():

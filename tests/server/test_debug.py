@@ -104,7 +104,7 @@ def test_a_number_of_steps_out_of_bounds_is_refused(context: Context, steps: str
 
 def test_the_lookahead_can_be_set_to_what_the_engine_was_built_for(context: Context, engines: FakeEngines):
     answer = ask(context, "POST", "/debug/lookahead", json={"lookahead": 0})
-    assert (answer.status_code, answer.json()) == (200, {"lookahead": 0, "seconds": None})
+    assert (answer.status_code, answer.json()) == (200, {"lookahead": 0, "seconds": None, "lease": None})
     assert engines.now.lookahead == 0
     assert ask(context, "POST", "/debug/lookahead", json={"lookahead": 2}).status_code == 400
     assert engines.now.lookahead == 0
@@ -120,7 +120,7 @@ def leases(engines: FakeEngines, *wanted: tuple[int, float | None]) -> list[int]
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for lookahead, seconds in wanted:
                 answer = await client.post("/debug/lookahead", json={"lookahead": lookahead, "seconds": seconds})
-                assert answer.json() == {"lookahead": lookahead, "seconds": seconds}
+                assert answer.json() == {"lookahead": lookahead, "seconds": seconds, "lease": None}
                 found.append(engines.now.lookahead)
             await asyncio.sleep(0.3)
         return [*found, engines.now.lookahead]
@@ -168,6 +168,50 @@ def test_a_lookahead_that_can_not_be_leaves_the_lease(engines: FakeEngines):
         return engines.now.lookahead
 
     assert asyncio.run(refused()) == 1
+
+
+def test_a_lookahead_for_a_while_is_safe_from_anothers_but_not_from_one_for_good(engines: FakeEngines):
+    engines.most = 3
+
+    async def two_tabs() -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        transport = httpx.ASGITransport(create_app(context_of(engines, ServerObserver())))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for wanted in [
+                {"lookahead": 0, "seconds": 60, "lease": "a"},
+                {"lookahead": 2, "seconds": 60, "lease": "b"},
+                {"lookahead": 1, "seconds": 0.001},
+                {"lookahead": 2, "seconds": 60, "lease": "a"},
+                {"lookahead": 3},
+                {"lookahead": 0, "seconds": 60, "lease": "b"},
+                {"lookahead": 1, "seconds": 0.001, "lease": "b"},
+            ]:
+                answer = await client.post("/debug/lookahead", json=wanted)
+                found.append((answer.status_code, engines.now.lookahead))
+            await asyncio.sleep(0.1)
+            assert (await client.post("/debug/lookahead", json={"lookahead": 2, "seconds": 60})).status_code == 200
+        return found
+
+    assert asyncio.run(two_tabs()) == [(200, 0), (409, 0), (409, 0), (200, 2), (200, 3), (200, 0), (200, 1)]
+
+
+def test_a_lease_that_ends_without_an_engine_is_over(engines: FakeEngines):
+    async def gone() -> bool:
+        context = context_of(engines, ServerObserver())
+        await context.lookahead.set(0, 0.02)
+        engines.state = "dead"
+        begun = asyncio.all_tasks()
+        await asyncio.gather(*(begun - {asyncio.current_task()}))  # raises what they raise
+        return True
+
+    assert asyncio.run(gone())
+
+
+@pytest.mark.parametrize("lease", ["", "x" * 65, 1])
+def test_a_lease_that_is_none_is_refused(context: Context, engines: FakeEngines, lease: object):
+    wanted = {"lookahead": 0, "seconds": 1.0, "lease": lease}
+    assert ask(context, "POST", "/debug/lookahead", json=wanted).status_code == 400
+    assert engines.now.lookahead == 1
 
 
 @pytest.mark.parametrize("seconds", [b"0", b"-1", b"3601", b"true", b'"1"', b"NaN", b"1e999"])

@@ -25,9 +25,9 @@ from gapless.server.answers.parser import CALL_TAG, END_TAG, PYTHON_TAG, Dialect
 
 _OPTIONS: Final = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
 _ANY: Final = "(?s:.*)"
-_GAP: Final = r"GAP: /\s{1,4}/"
+_GAP: Final = r"GAP: /[ \t\r\n]{1,4}/"
 _OPENING: Final = '{"name": "'
-_SPACE: Final = r"/\s{0,4}/"
+_SPACE: Final = r"/[ \t\r\n]{0,4}/"
 _CALL_BEGINS: Final = (rf"\{{\s*\"({'|'.join(KEYS)})\"", re.escape(PYTHON_TAG))  # where calls have no tag
 
 

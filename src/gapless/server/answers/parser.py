@@ -40,6 +40,7 @@ class AnswerParser:
         names: Collection[str] = (),
         reasoning_tag: str | None = None,
         inside: bool = False,
+        only_calls: bool = False,
     ) -> None:
         """dialect  how calls are written. "hermes": behind <tool_call>, anywhere. "llama3_json": as objects at the
         beginning, separated by ";". "none": not at all.
@@ -47,7 +48,10 @@ class AnswerParser:
         names          of the functions. In tags other names count as well: the caller can tell the model.
         reasoning_tag  what the thoughts at the beginning stand in.
         inside         the prompt has opened that tag.
+        only_calls     the grammar leaves room for nothing else: what is no call is a piece of one that was cut off, and
+                       left out.
         """
+        self._only_calls = only_calls
         self._names = frozenset(names)
         self._tagged = dialect == "hermes"
         self._open_tag, self._close_tag = f"<{reasoning_tag}>", f"</{reasoning_tag}>"
@@ -227,7 +231,7 @@ class AnswerParser:
         if isinstance(piece, ToolCallBegin):
             self._pieces.append(piece)
             return
-        if not piece.text:
+        if not piece.text or (self._only_calls and isinstance(piece, Content)):
             return
         if isinstance(piece, Content):
             self._fresh = False

@@ -100,6 +100,7 @@ class AnswerPlan:
             names=[tool.name for tool in self.callable_tools],
             reasoning_tag=self.reasoning_tag,
             inside=self._inside(prompt_text),
+            only_calls=self.choice == "required",
         )
 
     def _inside(self, prompt_text: str) -> bool:

@@ -23,6 +23,7 @@ from gapless.errors import (
 )
 from gapless.params import SamplingParams
 from gapless.server.context import BusyError, UnavailableError
+from gapless.server.lookahead import LeasedError
 
 BUSY_SECONDS = 1  # after which a client may try again
 UNAVAILABLE_SECONDS = 5
@@ -103,6 +104,8 @@ def error_of(error: BaseException, request_id: str) -> ApiError:
         return error
     if isinstance(error, UnavailableError):
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(UNAVAILABLE_SECONDS)})
+    if isinstance(error, LeasedError):
+        return ApiError(409, str(error), code="lookahead_leased")
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="too_many_requests", headers={"retry-after": str(BUSY_SECONDS)})
     if isinstance(error, EngineDeadError):

@@ -27,6 +27,7 @@ _MEANINGS = {
     401: "An API key is needed, or this one is not known.",
     403: "A page of another site may not do this.",
     404: "There is no such model.",
+    409: "Somebody else's turn is not over.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "As many requests are open as may be: try again later.",

@@ -26,7 +26,7 @@ from gapless.spans import Run, chrome_trace
 MAX_STEPS = 500
 MAX_LOOKAHEAD = 64
 MAX_SECONDS = 3600.0
-_POST = tuple(status for status in POST if status != 429)
+_POST = (*(status for status in POST if status != 429), 409)
 
 router = APIRouter(tags=["debug"], dependencies=[Depends(needs_key)])
 
@@ -81,6 +81,12 @@ class Lookahead(BaseModel):
     seconds: float | None = Field(
         default=None, gt=0, le=MAX_SECONDS, strict=True, description="for so long, then as before; null: from now on"
     )
+    lease: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="a word of one's own beside `seconds`: until these are over, others' get 409",
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=responses(None, GET))
@@ -128,7 +134,7 @@ async def set_lookahead(
     context: ServerContext, wanted: Annotated[Lookahead, Depends(JsonBody(Lookahead))]
 ) -> Lookahead:
     """Go on with so many steps in flight, at most as many as the engine was built for."""
-    await context.lookahead.set(wanted.lookahead, wanted.seconds)
+    await context.lookahead.set(wanted.lookahead, wanted.seconds, wanted.lease)
     return wanted
 
 

@@ -112,3 +112,9 @@ export async function* stream(path, body, signal) {
     yield chunk;
   }
 }
+
+/** 32 random hexadecimal digits. Over plain http, browsers have no crypto.randomUUID. */
+export function randomWord() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

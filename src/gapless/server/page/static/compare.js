@@ -1,5 +1,5 @@
 // The same load at lookahead 0 and at lookahead 1, in turns.
-import { get, post } from "./api.js";
+import { get, post, randomWord } from "./api.js";
 import { runsOf, typicalWindow } from "./trace.js";
 
 const TOPICS = ["rain", "a bridge", "bread", "the moon", "a train", "salt", "a clock", "snow"];
@@ -17,27 +17,31 @@ export const LOOKAHEADS = [0, 1];
  */
 export async function compare(model, lookahead, tell, signal) {
   const best = [];
+  const lease = randomWord();
   try {
     for (let round = 1; round <= ROUNDS; round++) {
       for (const [index, each] of LOOKAHEADS.entries()) {
         tell(`Round ${round} of ${ROUNDS}: ${TOPICS.length} answers of ${LOAD.max_tokens} tokens at lookahead ${each} …`);
-        const measured = await measure(model, each, signal);
+        const measured = await measure(model, each, lease, signal);
         if (!(best[index]?.tokensPerSecond >= measured.tokensPerSecond)) best[index] = measured;
       }
     }
     return best;
   } finally {
-    // ends the lease: the server goes back to what it had before, which another tab's comparison may hide from us
-    await post("debug/lookahead", { lookahead, seconds: 0.001 }).catch(() => {});
+    // ends the lease: the server goes back to what it had before
+    await post("debug/lookahead", { lookahead, seconds: 0.001, lease }).catch(() => {});
   }
 }
 
-async function measure(model, lookahead, signal) {
-  await post("debug/lookahead", { lookahead, seconds: LEASE }, signal);
+async function measure(model, lookahead, lease, signal) {
+  await post("debug/lookahead", { lookahead, seconds: LEASE, lease }, signal);
   await run(model, 2, signal); // what is done once, is done then
+  await post("debug/lookahead", { lookahead, seconds: LEASE, lease }, signal);
   const begun = performance.now();
   const tokens = await run(model, LOAD.max_tokens, signal);
   const seconds = (performance.now() - begun) / 1e3;
+  if ((await get("debug/stats", signal)).lookahead !== lookahead)
+    throw new Error(`The lookahead did not stay at ${lookahead}: somebody set another one, or the answers took too long.`);
   const runs = runsOf(await get(`debug/timeline?steps=${KEPT}`, signal));
   const found = runs.find((kept) => kept.name === `lookahead ${lookahead}`);
   const shown = found && typicalWindow(found, DRAWN);
@@ -48,6 +52,6 @@ async function measure(model, lookahead, signal) {
 /** One request with all prompts, since a browser opens few connections. No run may find another's prompts cached. */
 async function run(model, tokens, signal) {
   const prompt = TOPICS.map((topic) => `A short story about ${topic}.\n\n`);
-  const body = { ...LOAD, model, prompt, max_tokens: tokens, cache_salt: crypto.randomUUID() };
+  const body = { ...LOAD, model, prompt, max_tokens: tokens, cache_salt: randomWord() };
   return (await post("v1/completions", body, signal)).usage.completion_tokens;
 }
