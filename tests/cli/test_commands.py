@@ -105,11 +105,14 @@ def test_a_variable_that_no_option_reads_is_an_error(
 def test_variables_of_a_service_beside_the_container_are_none_of_ours(
     gapless: Gapless, monkeypatch: pytest.MonkeyPatch
 ):
-    for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
+    for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
         monkeypatch.setenv(f"GAPLESS_TEST_{name}", "x")
+    monkeypatch.setenv("GAPLESS_TEST_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("GAPLESS_CACHE", "/tmp")
     monkeypatch.setenv("GAPLESS_MAX_BODY", "8M")  # of another command
     assert gapless("env").status == 0
+    monkeypatch.setenv("GAPLESS_TEST_PORT", "80")  # meant for us
+    assert gapless("env").status == 2
 
 
 def test_what_only_the_model_can_tell_is_refused_too(gapless: Gapless, options: list[str]):
@@ -161,6 +164,10 @@ def test_the_command_line_goes_over_the_environment_over_the_file_over_the_defau
         ("max_tokens: many\n", "options.yaml: max-tokens: 'many'"),
         ("max-model-len: many\n", "options.yaml: max-model-len: 'many' is not a size such"),
         ("temperature: .nan\n", "finite"),
+        ("max_tokens:\n", "options.yaml: max_tokens has no value"),
+        ("stop: []\n", "options.yaml: stop has no value"),
+        ("model: 0123\n", "options.yaml: model must be a text, not '83': write it in quotes"),
+        ("stop: [a, 1.10]\n", "options.yaml: stop must be a text, not '1.1': write it in quotes"),
     ],
 )
 def test_a_wrong_config_file_ends_with_status_2(gapless: Gapless, tmp_path: Path, content: str, said: str):

@@ -344,6 +344,15 @@ def test_an_empty_key_in_the_environment_opens_nothing(
     assert "GAPLESS_API_KEY is empty" in ran.err
 
 
+@pytest.mark.parametrize("line", ["api-key:", "api-key: []", "api_key: ''", "api-key: 0123"])
+def test_a_key_in_a_file_that_is_none_opens_nothing(gapless: Callable[..., Ran], tmp_path: Path, line: str):
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"{line}\nport: 0\n")
+    ran = gapless("serve", "--config", str(file))
+    assert (ran.status, ran.out) == (2, "")
+    assert "key" in ran.err
+
+
 def test_a_server_that_lets_everybody_in_says_so(gapless: Callable[..., Ran], tmp_path: Path):
     argv = ["serve", "--model", str(tmp_path / "none"), "--port", "0", "--host"]
     assert "whoever reaches 0.0.0.0 is let in" in gapless(*argv, "0.0.0.0").err

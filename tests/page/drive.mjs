@@ -214,7 +214,7 @@ const checks = {
 
   async "the same load at both lookaheads stands on one time scale"() {
     await ended();
-    const setBy = (more) => page.request.post(`${url}debug/lookahead`, { headers: { "x-api-key": key }, data: { lookahead: 1, ...more } });
+    const setBy = (more) => page.request.post(new URL("debug/lookahead", url).href, { headers: { "x-api-key": key }, data: { lookahead: 1, ...more } });
     await page.getByRole("button", { name: "Compare 0 and 1" }).click();
     await page.locator(".tile").getByText("lookahead 0").waitFor();
     assert.equal((await setBy({ seconds: 60, lease: "another tab" })).status(), 409);

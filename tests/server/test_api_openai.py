@@ -384,6 +384,9 @@ def test_tokens_go_there_and_back(demo_server: RunningServer):
     expected = direct(demo_server, {"messages": HELLO}, SamplingParams(max_tokens=1))
     assert chat["tokens"] == expected.prompt_token_ids
     assert httpx.post(f"{demo_server.url}/detokenize", json={"tokens": [10**6]}).status_code == 400
+    limit = demo_server.engine.loaded.engine.admission.limits.max_model_len
+    most = [httpx.post(f"{demo_server.url}/detokenize", json={"tokens": [5] * count}) for count in (limit, limit + 1)]
+    assert [each.status_code for each in most] == [200, 400]
     assert httpx.post(f"{demo_server.url}/tokenize", json={}).status_code == 400
 
 

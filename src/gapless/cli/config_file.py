@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import typer
 
 from gapless.errors import ConfigError
 
 MAX_BYTES = 2**20
+_TEXTS = (str, str | None, list[str], list[str] | None)  # options that are texts
 _PATH = "gapless.config"  # in the meta of a context
 
 
@@ -26,10 +29,13 @@ def apply_config_file(context: typer.Context, path: Path | None) -> Path | None:
         values = read_config_file(path, set(flags))
         context.meta[_PATH] = path
         repeated = {option.name for option in context.command.params if getattr(option, "multiple", False)}
-        context.default_map = {
-            flags[name]: [value] if flags[name] in repeated and not isinstance(value, list) else value
-            for name, value in values.items()
-        }
+        declared = inspect.signature(cast("Callable[..., None]", context.command.callback), eval_str=True).parameters
+        context.default_map = {}
+        for name, value in values.items():
+            given = [value] if flags[name] in repeated and not isinstance(value, list) else value
+            if get_args(declared[flags[name]].annotation)[0] in _TEXTS:
+                _check_text(cast("list[object]", given) if isinstance(given, list) else [given], path, name)
+            context.default_map[flags[name]] = given
     return path
 
 
@@ -66,6 +72,15 @@ def read_config_file(path: Path, known: set[str]) -> dict[str, object]:
             names = [each.replace("_", "-") for each in close or sorted(known)]
             hint = f"did you mean {names[0]!r}?" if close else f"there are {', '.join(names)}"
             raise ConfigError(f"the config file {path} has the unknown option {str(key)!r}; {hint}")
-        if value is not None:
-            values[name] = value
+        if value is None or value == []:
+            raise ConfigError(f"{path}: {key} has no value: give one, or leave the line out")
+        values[name] = value
     return values
+
+
+def _check_text(values: list[object], path: Path, name: str) -> None:
+    """What YAML takes for a number, a date or true is no text: 0123 would be 83."""
+    for each in values:
+        if not isinstance(each, str):
+            where = f"{path}: {name.replace('_', '-')}"
+            raise ConfigError(f"{where} must be a text, not {str(each)!r}: write it in quotes")

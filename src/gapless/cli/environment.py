@@ -11,15 +11,17 @@ from gapless.errors import ConfigError
 
 PREFIX = "GAPLESS_"
 OTHERS = ("GAPLESS_CACHE", "GAPLESS_DEBUG")  # variables that stand for no option
-# What Kubernetes and Docker put into every container beside a service whose name begins with "gapless".
-_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+# What Kubernetes puts into every container beside a service whose name begins with "gapless".
+_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_LINKED_PORT = re.compile(r"\w*_PORT=(tcp|udp|sctp)://.*")
 
 
 def check_environment(program: Any, environment: Mapping[str, str]) -> None:
     """Whether each variable with our prefix is one that a command of the program reads. Raises ConfigError."""
     known = {*OTHERS, *_variables(program)}
-    for name in sorted(environment):
-        if name.startswith(PREFIX) and name not in known and not _LINK.fullmatch(name):
+    for name, value in sorted(environment.items()):
+        linked = _LINK.fullmatch(name) or _LINKED_PORT.fullmatch(f"{name}={value}")
+        if name.startswith(PREFIX) and name not in known and not linked:
             raise ConfigError(f"the environment has {name}, which no option reads{_hint(name, known)}")
 
 

@@ -50,6 +50,8 @@ async def detokenize(
     model_of(context, body.model)
     tokenizer = _tokenizer(context.llm.loaded)
     ids = body.tokens
+    if len(ids) > (limit := context.llm.loaded.engine.admission.limits.max_model_len):
+        raise InvalidRequestError(f"tokens: there are {len(ids)}, and {limit} at most can be given: the context limit")
     if unknown := next((token for token in ids if token >= tokenizer.vocab_size), None):
         raise InvalidRequestError(f"tokens: {unknown} is outside the vocabulary (0 to {tokenizer.vocab_size - 1})")
     if len(ids) > LONG_TEXT:
