@@ -39,7 +39,8 @@ AFTERMATH = 5.0  # seconds after the engine is back in which answers may still t
 END_SECONDS = 60.0
 MAX_BODY = 256 * 1024
 FLAT_MIB, FLAT_SHARE = 16.0, 0.03
-SERVER = ["--max-rows", "64", "--num-blocks", "300", "--max-model-len", "2K", "--max-body", "256K", "--device", "cpu"]
+RESTART_MIB = 32.0  # that an engine's death may cost the front, once
+SERVER = ["--max-rows", "64", "--num-blocks", "160", "--max-model-len", "2K", "--max-body", "256K", "--device", "cpu"]
 
 
 @dataclass
@@ -253,7 +254,16 @@ def report(server: Server, options: argparse.Namespace, tally: Tally, watched: W
         failures.append(f"/health was asked {watched.probes} times only")
     if not options.tiny and tally.greedy >= 20 and tally.repeated < tally.greedy / 2:
         failures.append(f"only {tally.repeated} of {tally.greedy} answers have their own marker: the test sees nothing")
-    lives = {f"front, life {place} of the engine": growth(part) for place, part in enumerate(watched.front_lives(), 1)}
+    fronts = [growth(part) for part in watched.front_lives()]
+    lives = {f"front, life {place} of the engine": life for place, life in enumerate(fronts, 1)}
+    if (
+        (first := fronts[0])
+        and (last := fronts[-1])
+        and last["last_minute_mib"] - first["second_minute_mib"] > RESTART_MIB
+    ):
+        failures.append(f"the memory of the front grows with its engines: {first}, {last}")
+    if first and not options.crowd and server.process is not None and not watched.preemptions:
+        failures.append("nothing was preempted: the KV cache is too large for this load")
     lives |= {f"engine {place}": growth(samples) for place, samples in enumerate(watched.engines.values(), 1)}
     for name, life in lives.items() if not options.crowd else ():  # whose KV blocks are used for the first time
         if life and life["last_minute_mib"] - life["second_minute_mib"] > max(

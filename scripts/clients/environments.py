@@ -13,6 +13,11 @@ ROOT = HERE.parents[1]
 CLIENTS = ROOT / ".clients"
 
 
+# What pip says of a package that its index does not have; of an index that does not answer it says the other, too.
+_NOT_THERE = "No matching distribution found"
+_NO_ANSWER = "Retrying ("
+
+
 class ClientError(Exception):
     """A client failed, or got what it should not."""
 
@@ -30,8 +35,10 @@ def environment(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         for line in wanted.splitlines():  # one after the other: torch first, as the build that the index offers
-            if subprocess.run([*pip, line], stderr=subprocess.DEVNULL, check=False).returncode != 0:
-                raise NotInstalledError(f"pip can not install {line}")
+            done = subprocess.run([*pip, line], stderr=subprocess.PIPE, text=True, check=False)
+            if done.returncode != 0:
+                kind = NotInstalledError if _NOT_THERE in done.stderr and _NO_ANSWER not in done.stderr else ClientError
+                raise kind(f"pip can not install {line}: {done.stderr.strip()}")
         stamp.write_text(wanted)
     return folder / "bin"
 

@@ -159,7 +159,7 @@ def main(names: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in ALL]:
         print(f"there is no client {unknown[0]}; there are {', '.join(ALL)}", file=sys.stderr)
         return 2
-    failures = 0
+    failures = left_out = 0
     try:
         with ExitStack() as stack:
             servers = Servers(stack)
@@ -168,12 +168,16 @@ def main(names: Sequence[str]) -> int:
                 try:
                     said = ALL[name](servers)
                 except (ClientError, ServingError, subprocess.SubprocessError) as error:
-                    left_out = leaves_out and isinstance(error, NotInstalledError)
-                    said = f"LEFT OUT: {error}" if left_out else f"FAILED\n{error}"
-                    failures += not left_out
+                    passed_over = leaves_out and isinstance(error, NotInstalledError)
+                    said = f"LEFT OUT: {error}" if passed_over else f"FAILED\n{error}"
+                    left_out += passed_over
+                    failures += not passed_over
                 print(f"{name:13} {time.monotonic() - start:5.0f} s  {said}", flush=True)
     except (ServingError, GaplessError) as error:
         print(f"FAILED: {error}")
+        return 1
+    if left_out == len(names or ALL):
+        print("FAILED: no client could be installed")
         return 1
     return 1 if failures else 0
 

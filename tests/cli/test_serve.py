@@ -149,7 +149,8 @@ def test_what_has_not_finished_within_the_drain_window_ends_with_an_error(serve:
     with server.streaming() as lines:
         server.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
-    assert "error" in json.loads(rest[-2].removeprefix("data: "))
+    error = json.loads(rest[-2].removeprefix("data: "))["error"]
+    assert (error["message"], error["code"]) == ("the server is shutting down", "unavailable")
     assert server.ended() == 0
 
 

@@ -12,7 +12,7 @@ from fastapi import Request
 
 from gapless.async_llm import AsyncLLM, OutputKind, RequestStream
 from gapless.collector import Prepared
-from gapless.errors import InvalidRequestError
+from gapless.errors import EngineDeadError, InvalidRequestError
 from gapless.loading import Loaded
 from gapless.outputs import RequestOutput, Usage
 from gapless.params import MAX_N
@@ -130,6 +130,10 @@ class Job:
         try:
             async with self._leaving_cancels():
                 yield
+        except EngineDeadError as error:
+            if self._context.draining:  # the engine was ended, with what had not finished in time
+                raise UnavailableError("the server is shutting down") from error
+            raise
         finally:
             for task in self._waiting:
                 task.cancel()
