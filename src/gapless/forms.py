@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,12 @@ class Forms:
         form = GrammarForm(self._get_compiler().compile(params.grammar_spec), sorted(stop_ids), params.min_tokens)
         form.start()  # what it refuses it refuses here, and not on the engine's thread
         return form
+
+    def read_vocabulary(self) -> None:
+        """What grammars need, some tenths of a second, now and not at the first of them."""
+        if self._tokenizer is not None:
+            with suppress(InvalidRequestError):  # a tokenizer that no grammar can be had for: each request is told
+                self._get_compiler().read_vocabulary()
 
     def close(self) -> None:
         """Compile no more grammars: from now on they raise EngineDeadError. May be called again."""

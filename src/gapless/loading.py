@@ -108,6 +108,13 @@ class Loaded:
         requests = (first, *admission.make_continuations(first))
         return Prepared(requests, encoded.text, encoder.echo(encoded, params))
 
+    def read_vocabulary(self) -> None:
+        """What stop strings and forms need of it, a second or so, now and not at the first request that has them: who
+        serves many would let all wait for it."""
+        if self.tokenizer is not None:
+            self.tokenizer.read_vocabulary()
+        self.forms.read_vocabulary()
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None and self.chat_template.source is not None

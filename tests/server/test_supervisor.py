@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import subprocess
 import weakref
@@ -18,10 +19,13 @@ import pytest
 from gapless.async_llm import AsyncLLM
 from gapless.config import EngineConfig
 from gapless.errors import EngineDeadError
+from gapless.grammar.vocabulary import Vocabulary
+from gapless.outputs import RequestOutput
 from gapless.params import SamplingParams
 from gapless.server import supervisor
 from gapless.server.context import UnavailableError
 from gapless.server.supervisor import Supervisor, start_message
+from gapless.text import stops
 from server.test_security import folder_of
 
 START = start_message("none", EngineConfig(), load="auto", shape=None, tokenizer=None, timeline=0)
@@ -105,6 +109,34 @@ def test_nothing_of_an_engine_that_died_is_kept(tmp_path: Path, monkeypatch: pyt
         return kept
 
     assert not asyncio.run(main())
+
+
+def test_the_vocabulary_is_read_before_the_engine_is_ready(monkeypatch: pytest.MonkeyPatch):
+    """So that the first request with a stop string or a form does not hold up everybody else."""
+    config = EngineConfig(device="cpu", num_blocks=64, max_rows=8, max_model_len=128)
+    start = start_message("demo", config, load="auto", shape=None, tokenizer=None, timeline=0)
+
+    def late(*_: object) -> None:
+        raise AssertionError("the vocabulary is read for a request")
+
+    async def main() -> list[str]:
+        found = Supervisor(start)
+        running = asyncio.create_task(found.run())
+        while found.state == "starting":
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(stops, "token_texts", late)
+        monkeypatch.setattr(Vocabulary, "of", late)
+        params = SamplingParams(max_tokens=3, stop=["zzz"]), SamplingParams(max_tokens=3, regex="[ab]{2}")
+        texts = [(await one_answer(found.llm, each)).outputs[0].text for each in params]
+        await found.close()
+        await running
+        return texts
+
+    assert re.fullmatch("[ab]{2}", asyncio.run(main())[1])
+
+
+async def one_answer(llm: AsyncLLM, params: SamplingParams) -> RequestOutput:
+    return [each async for each in llm.generate("Once", params, output_kind="final")][-1]
 
 
 def test_what_a_dying_engine_says_of_itself_is_not_told_to_who_asks_how_it_stands():

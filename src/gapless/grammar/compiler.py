@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -38,6 +39,12 @@ _ADVICE: Final = (
     ("allows no token", "nothing that this tokenizer can spell matches it"),
     ("NoExtension", "nothing matches it"),
 )
+
+
+@lru_cache(maxsize=1)
+def _vocabulary_of(tokenizer: Tokenizer, size: int, stop_ids: tuple[int, ...]) -> Vocabulary:
+    """Kept for the compiler of an engine that takes a dead one's place."""
+    return Vocabulary.of(tokenizer._inner, size, stop_ids)  # pyright: ignore[reportPrivateUsage]
 
 
 class GrammarCompiler:
@@ -104,8 +111,7 @@ class GrammarCompiler:
         """Read the tokens now, some tenths of a second, and not at the first request. Raises InvalidRequestError."""
         with self._reading:
             if self._vocabulary is None:
-                inner = self._tokenizer._inner  # pyright: ignore[reportPrivateUsage]
-                self._vocabulary = Vocabulary.of(inner, self._vocab_size, self._stop_ids)
+                self._vocabulary = _vocabulary_of(self._tokenizer, self._vocab_size, tuple(self._stop_ids))
             return self._vocabulary
 
     def _check(self, spec: GrammarSpec, source: str) -> None:

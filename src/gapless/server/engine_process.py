@@ -215,6 +215,7 @@ def run(end: socket.socket) -> int:
         wire.send(Failed(type(error).__name__, str(error)))
         return 1
     loaded.forms.checked = True  # by the server, which is asked first
+    loaded.forms.read_vocabulary()
     try:
         admission = loaded.engine.admission
         wire.send(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -70,7 +71,10 @@ def serve(start: Start, config: ServerConfig, listener: socket.socket, otlp_endp
     without OpenTelemetry; KeyboardInterrupt after a second Ctrl-C.
     """
     _allow_many_connections()
-    asyncio.run(_Server(start, config, otlp_endpoint).run(listener))
+    server = _Server(start, config, otlp_endpoint)
+    gc.collect()
+    gc.freeze()  # a full collection looks at what the modules hold, too: a tenth of a second in which nobody is served
+    asyncio.run(server.run(listener))
 
 
 def http_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:

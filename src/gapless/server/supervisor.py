@@ -255,7 +255,7 @@ def _loaded(wire: Wire, ready: Ready) -> Loaded:
     if ready.tokenizer_folder is not None:
         folder = Path(ready.tokenizer_folder)
         words, template = _words(folder, max((each.stat().st_mtime_ns for each in folder.iterdir()), default=0))
-    return Loaded(
+    loaded = Loaded(
         engine=RemoteEngine(wire, admission),
         tokenizer=words,
         chat_template=template,
@@ -263,6 +263,8 @@ def _loaded(wire: Wire, ready: Ready) -> Loaded:
         device_name=ready.device_name,
         config=ready.config,
     )
+    loaded.read_vocabulary()
+    return loaded
 
 
 def _live(stats: EngineStats, limits: SchedulerLimits) -> LiveStats:

@@ -265,18 +265,26 @@ class StopCache:
         self._made: OrderedDict[tuple[str, ...], StopStrings] = OrderedDict()
         self._lock = threading.Lock()
 
+    def read(self) -> None:
+        """Read the vocabulary now."""
+        with self._lock:
+            self._read()
+
     def get(self, strings: tuple[str, ...]) -> StopStrings:
         """The stop strings of this list. The first call of all reads the vocabulary."""
         with self._lock:
             stops = self._made.pop(strings, None)
             if stops is None:
-                if self._texts is None:
-                    self._texts = token_texts(*self._vocabulary)
-                stops = StopStrings(strings, self._texts)
+                stops = StopStrings(strings, self._read())
             self._made[strings] = stops
             if len(self._made) > _CACHED_SETS:
                 self._made.popitem(last=False)
             return stops
+
+    def _read(self) -> TokenTexts:
+        if self._texts is None:
+            self._texts = token_texts(*self._vocabulary)
+        return self._texts
 
 
 def token_texts(inner: tokenizers.Tokenizer, skipped_ids: frozenset[int], vocab_size: int) -> TokenTexts:

@@ -127,6 +127,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(_NOT_TEXT) from error
 
+    def read_vocabulary(self) -> None:
+        """What stop_strings() needs, some tenths of a second, now and not at its first call."""
+        self._stops.read()
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
         return self._inner.token_to_id(token)
