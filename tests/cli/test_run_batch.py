@@ -107,7 +107,14 @@ def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_line(
     assert texts(out) == texts(tmp_path / "whole")  # a seed follows from the custom_id
     again = gapless(*argv, "--resume")
     assert again.status == 1
-    assert "nothing to add" in again.err
+    assert (
+        f"nothing to add: all 40 lines have an answer; 1 of them with an error: to ask again, take it out of {out}.er"
+        in (again.err)
+    )
+    (tmp_path / "out.errors").write_text("")
+    once_more = gapless(*argv, "--resume")
+    assert "39 of 40 lines answered" in once_more.err
+    assert len(records(tmp_path / "out.errors")) == 1
 
 
 def test_two_runs_do_not_write_to_one_output(argv: list[str], gapless: Callable[..., Ran], tmp_path: Path):

@@ -55,7 +55,8 @@ def run_batch(
 
     Each answer is written as soon as it is there. After Ctrl-C or a kill the same command with --resume
     adds the answers that are missing, none twice. A request without a seed gets one that follows from its custom_id.
-    The whole file is checked before the model is loaded. The status is 1 if some lines failed.
+    All lines are checked before the model is loaded; one with an error counts as answered. The status is 1 if some
+    lines failed.
     """
     engine = make_config(
         lookahead=lookahead,
@@ -84,7 +85,9 @@ def run_batch(
         if not answered.ids <= ids:
             raise ConfigError(f"--resume: {output} has answers to requests that {source} does not have")
         if answered.ids == ids:
-            warn(f"nothing to add: {len(ids)} of {len(ids)} lines are answered" if ids else "the input has no lines")
+            failed = f"; {answered.failed} of them with an error: to ask again, take it out of {wrong}"
+            said = f"nothing to add: all {len(ids)} lines have an answer{failed if answered.failed else ''}"
+            warn(said if ids else "the input has no lines")
             raise typer.Exit(1 if answered.failed else 0)
         start = start_message(model, engine, load=load, shape=shape, tokenizer=tokenizer, timeline=0)
         batch = Batch(

@@ -128,7 +128,7 @@ class _Server:
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         with ServerLog(self._config.log_format):
             _log.info("listening at http://%s; the model is being loaded", where)
-            others = [asyncio.create_task(each) for each in (self._announce(), self._progress.run())]
+            others = [asyncio.create_task(each) for each in (self._announce(f"http://{where}"), self._progress.run())]
             try:
                 await self._asked.wait()
                 await self._drain()
@@ -145,13 +145,13 @@ class _Server:
         if self._dead:
             raise self.supervisor.error or EngineDeadError("the engine has died")
 
-    async def _announce(self) -> None:
+    async def _announce(self, where: str) -> None:
         """Say once that the model is there."""
         while self.supervisor.state == "starting":
             await asyncio.sleep(_DRAIN_LOOK_SECONDS)
         if self.supervisor.state == "ready":
             loaded = self.supervisor.llm.loaded
-            _log.info("%s is loaded on %s", loaded.model_name, loaded.device_name)
+            _log.info("%s is loaded on %s, ready at %s", loaded.model_name, loaded.device_name, where)
 
     def _model_name(self) -> str:
         names = self._config.model_names
@@ -174,7 +174,9 @@ class _Server:
         self.context.draining = True
         until = time.monotonic() + (0.0 if self._dead else self._config.drain_seconds)
         if self.context.open and not self._dead:
-            _log.info("draining %d requests", self.context.open)
+            _log.info(
+                "draining: %d open, up to %g s; Ctrl-C ends at once", self.context.open, self._config.drain_seconds
+            )
         while self.context.open and time.monotonic() < until and not self._now:
             await asyncio.sleep(_DRAIN_LOOK_SECONDS)
 

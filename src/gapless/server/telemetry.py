@@ -55,7 +55,9 @@ class Spans:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
-            raise ConfigError("an OTLP endpoint needs OpenTelemetry: pip install 'gapless[otel]'") from error
+            raise ConfigError(
+                "an OTLP endpoint needs OpenTelemetry: install Gapless with its extra otel (pip install '.[otel]')"
+            ) from error
         return cls(OTLPSpanExporter(endpoint=endpoint and _traces_url(endpoint)), model_name)
 
     def ended(self, record: RequestRecord) -> None:

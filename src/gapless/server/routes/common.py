@@ -39,7 +39,8 @@ def model_of(context: Context, asked: str | None) -> str:
     if asked is None:
         return names[0]
     if asked not in names:
-        raise ApiError(404, f"there is no model {asked!r} here: see /v1/models", code="model_not_found", param="model")
+        message = f"there is no model {asked!r} here, but {' or '.join(names)}"
+        raise ApiError(404, message, code="model_not_found", param="model")
     return asked
 
 
