@@ -301,3 +301,14 @@ def test_no_address_is_fetched_for_a_client(demo_server: RunningServer):
         assert "only text" in answer.json()["error"]["message"]
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+def test_what_is_said_of_a_field_of_several_kinds_is_of_the_kind_that_was_given(tiny_server: RunningServer):
+    def said(stop: object) -> str:
+        answer = httpx.post(f"{tiny_server.url}/v1/completions", json={"prompt": "a", "stop": stop})
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    assert "at most 16 items" in said(["x"] * 17)
+    assert "valid string" in said(5)
+    assert said([5]).startswith("stop")

@@ -125,8 +125,11 @@ def error_of(error: BaseException, request_id: str) -> ApiError:
 
 
 def invalid_body(error: ValidationError | RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request, without what was in it."""
-    first = error.errors()[0]
+    """The first thing that is wrong with a request, without what was in it. Of a field that may be of several kinds it
+    is what is wrong with the kind that was given."""
+    found = error.errors()
+    field = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
+    first = next((each for each in field if not each["type"].endswith("_type")), found[0])
     place = [part for part in first["loc"] if isinstance(part, int) or _FIELD.fullmatch(part)]
     message = str(first["msg"]).removeprefix("Value error, ")
     if not place:
