@@ -285,7 +285,7 @@ def test_the_timeline_of_the_last_steps_shows_the_lanes_and_what_ran_ahead(
     assert httpx.get(f"{server.url}/debug/timeline").status_code == 401
     assert timelines(server, 10) == {}
     for lookahead in (1, 0):
-        wanted = {"lookahead": lookahead, "seconds": 600}
+        wanted = {"lookahead": lookahead, "seconds": 600, "lease": "test"}
         assert server.client.post("/debug/lookahead", json=wanted).json() == wanted
         assert server.client.post("/v1/completions", json={**LONG, "max_tokens": 40}).status_code == 200
     runs = timelines(server, 10)
