@@ -12,7 +12,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CLIENTS = ROOT / ".clients"
 
-
 # What pip says of a package that its index does not have; of an index that does not answer it says the other, too.
 _NOT_THERE = "No matching distribution found"
 _NO_ANSWER = "Retrying ("

@@ -2,8 +2,8 @@
 
 python scripts/clients/run.py [--installable] [openai] [schemathesis] [lm-eval] [guidellm]      (all without a name)
 
-Prints a line for each, and ends with status 1 if one failed; with --installable what pip can not install is left out.
-docs/clients.md says what each of them checks.
+Prints a line for each, and ends with status 1 if one failed; with --installable what pip's index does not have is left
+out, but not all of it. docs/clients.md says what each of them checks.
 """
 
 from __future__ import annotations

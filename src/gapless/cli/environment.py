@@ -12,16 +12,16 @@ from gapless.errors import ConfigError
 PREFIX = "GAPLESS_"
 OTHERS = ("GAPLESS_CACHE", "GAPLESS_DEBUG")  # variables that stand for no option
 # What Kubernetes puts into every container beside a service whose name begins with "gapless".
-_LINK = re.compile(r"\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-_LINKED_PORT = re.compile(r"\w*_PORT=(tcp|udp|sctp)://.*")
+_LINK = re.compile(
+    r"\w+_(SERVICE_(HOST|PORT(_\w+)?)=|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=|PORT=(tcp|udp|sctp)://)"
+)
 
 
 def check_environment(program: Any, environment: Mapping[str, str]) -> None:
     """Whether each variable with our prefix is one that a command of the program reads. Raises ConfigError."""
     known = {*OTHERS, *_variables(program)}
     for name, value in sorted(environment.items()):
-        linked = _LINK.fullmatch(name) or _LINKED_PORT.fullmatch(f"{name}={value}")
-        if name.startswith(PREFIX) and name not in known and not linked:
+        if name.startswith(PREFIX) and name not in known and not _LINK.match(f"{name}={value}"):
             raise ConfigError(f"the environment has {name}, which no option reads{_hint(name, known)}")
 
 
